@@ -1,0 +1,1 @@
+"""ppcompile: any causal LM, trained on preference-packed batches."""
