@@ -197,7 +197,7 @@ class _Trie:
 
 
 def _grow_trie(ids: list[Ids]) -> _Trie:
-    """Insert the sequences in lexicographic order; only the path to the latest one is ever open."""
+    """Insert the sequences in a lexicographic order; only the path to the latest one is ever open."""
     trie = _Trie(leaf=[-1] * len(ids))
     path: list[int] = []
     previous = np.empty(0, np.int64)
@@ -234,10 +234,10 @@ def _settle_leaves(trie: _Trie, ids: list[Ids]) -> None:
 
 
 def _lexicographic(ids: list[Ids]) -> list[int]:
-    """Stable order of the sequences, a beginning before its continuations."""
-    # Big-endian with the sign bit flipped: bytes then compare (memcmp) as the integers do.
-    sign = np.int64(np.iinfo(np.int64).min)
-    keys = [(sequence ^ sign).astype(">i8").tobytes() for sequence in ids]
+    """A lexicographic order of the sequences, equal ones in input order, a beginning before its continuations."""
+    # Bytes compare by memcmp. On int64 that is not the order of the numbers, but it is one order of tokens, and
+    # any will do: sequences with a common beginning come to stand together, and siblings are sorted later.
+    keys = [sequence.tobytes() for sequence in ids]
     return sorted(range(len(ids)), key=keys.__getitem__)
 
 

@@ -67,11 +67,11 @@ def _needed_blocks(position: Tensor, end: Tensor, window: int, block_size: int) 
     """Blocks that may hold something visible, and blocks in which all is visible: bool ``[N, N]`` each."""
     length = end.shape[0]
     count = (length + block_size - 1) // block_size
-    slot = torch.arange(count * block_size, device=end.device)
-    real = slot.clamp(max=length - 1)
-    # A slot beyond T sees nothing and is seen by nothing: end 0 keeps its block, as query or as key, from
-    # being called full, and never makes one needed. Its position repeats a real one, so extrema stay right.
-    end_NB = torch.where(slot < length, end[real], 0).view(count, block_size)
+    # Slots beyond T repeat the last one, which leaves every extremum as it is. No block they stand in is called
+    # full, as query or as key: that takes an end beyond T. (FlexAttention applies no mask in a full block, and
+    # torch's own lists leave these out too.)
+    real = torch.arange(count * block_size, device=end.device).clamp(max=length - 1)
+    end_NB = end[real].view(count, block_size)
     pos_NB = position[real].view(count, block_size)
 
     block = torch.arange(count, device=end.device)

@@ -139,6 +139,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "gelu": _gelu,
     "silu": F.silu,
     "linear": F.linear,
+    "matmul": torch.matmul,
     "at": _at,
     **{
         name: _unary(name)

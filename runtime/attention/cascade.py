@@ -274,9 +274,7 @@ class _Pull:
         causal, mask = site.mask(tile)
         grad_out, query, out, lse = (_queries(t, tile) for t in (self.grad_out, site.query, self.out, self.lse))
         key, value = _keys(site.key, tile), _keys(site.value, tile)
-        return _flash_backward(
-            grad_out, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=site.how.scale
-        )
+        return _flash_backward(grad_out, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=site.how.scale)
 
     def _gradients_explicit(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
         site = self.site

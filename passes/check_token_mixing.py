@@ -1,0 +1,54 @@
+"""check token mixing: the proof, on the graph that will execute.
+
+Every node gets a token type (``passes.types``). A node that has none, and lies inside a module that as a whole maps
+tokens to tokens (an expert layer that sorts tokens by expert and puts them back), may still be safe: the module's part
+of the graph is then run on random tokens and must commute with permuting them and with leaving some out.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from .base import NotPackable, PackGraph, PassResult, Refusal, output_node
+from .region import Region, enclosing_regions, prove_token_wise
+from .types import Mixes, Tok, TokenType, infer, input_types
+
+__all__ = ["check_token_mixing"]
+
+
+def check_token_mixing(graph: PackGraph) -> PassResult:
+    """Type every node.
+
+    Raises:
+        NotPackable: at the first node that lets a slot see what it must not, or that has no rule.
+    """
+    result = PassResult("check_token_mixing")
+    types = input_types(graph)
+    covered: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or node in covered:
+            continue
+        kind = infer(graph, node, types)
+        if isinstance(kind, Mixes):
+            region = _proved_region(graph, node, kind, types)
+            result.matched.append(str(region))
+            covered |= region.members
+            types.update(region.types())
+        else:
+            types[node] = kind
+    final = types[output_node(graph.graph)]
+    if final != Tok(0):
+        raise NotPackable(Refusal.at(output_node(graph.graph), f"the result is {final}, not one value per scored token"))
+    return result
+
+
+def _proved_region(graph: PackGraph, node: fx.Node, why: Mixes, types: dict[fx.Node, TokenType]) -> Region:
+    """The smallest module around ``node`` that is proved token-wise; refuses at ``node`` if there is none."""
+    findings = []
+    for region in enclosing_regions(graph, node, types):
+        finding = prove_token_wise(graph, region)
+        if finding is None:
+            return region
+        findings.append(finding)
+    hint = findings[0] if findings else "if the op is token-wise, add its typing rule to passes/types.py"
+    raise NotPackable(Refusal.at(node, why.reason, hint))

@@ -1,0 +1,159 @@
+"""Regions: a module's part of the graph, and the numerical proof that it maps each token by itself.
+
+Expert layers sort tokens by expert, multiply in groups, and put the tokens back. No op in between is token-wise, the
+whole is. The proof runs the region on random tokens: permuting the tokens must permute the result, leaving tokens out
+must leave the others' results as they were, also where all tokens choose the same expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .base import PackGraph, is_op
+from .types import Const, Tok, TokenType
+
+__all__ = ["Region", "enclosing_regions", "prove_token_wise"]
+
+_TOKENS = (7, 64, 300)
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+@dataclass
+class Region:
+    """The nodes of one call of one module.
+
+    Attributes:
+        path: the module.
+        nodes: in graph order.
+        token_inputs: outside nodes with an axis of tokens, and that axis.
+        other_inputs: outside nodes without one (weights, sizes).
+        outputs: nodes that are read outside, and their token axis.
+    """
+
+    path: str
+    nodes: list[fx.Node]
+    token_inputs: dict[fx.Node, int]
+    other_inputs: list[fx.Node]
+    outputs: dict[fx.Node, int]
+
+    @property
+    def members(self) -> set[fx.Node]:
+        return set(self.nodes)
+
+    def types(self) -> dict[fx.Node, TokenType]:
+        return {node: Tok(axis) for node, axis in self.outputs.items()}
+
+    def __str__(self) -> str:
+        return f"{self.path}: {len(self.nodes)} ops proved token-wise as a whole, on random tokens"
+
+
+def enclosing_regions(graph: PackGraph, node: fx.Node, types: dict[fx.Node, TokenType]) -> Iterator[Region]:
+    """Regions around ``node``, innermost module first, that could be token-wise."""
+    stack = node.meta.get("nn_module_stack") or {}
+    for key, (path, _) in reversed(list(stack.items())):
+        if path:
+            members = [n for n in graph.graph.nodes if key in (n.meta.get("nn_module_stack") or {})]
+            region = _region(graph, path, members, types)
+            if region is not None:
+                yield region
+
+
+def _region(graph: PackGraph, path: str, nodes: list[fx.Node], types: dict[fx.Node, TokenType]) -> Region | None:
+    nodes = [n for n in nodes if n.op == "call_function"]
+    members = set(nodes)
+    if any(is_op(n, "ppcompile.prefix_attention") for n in nodes):
+        return None
+    token_inputs: dict[fx.Node, int] = {}
+    other_inputs: list[fx.Node] = []
+    for source in dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in members):
+        kind = types.get(source)
+        if isinstance(kind, Tok) and source.meta["val"].is_floating_point():
+            token_inputs[source] = kind.axis
+        elif kind == Const() and (source.op == "placeholder" or isinstance(source.meta["val"], torch.SymInt)):
+            other_inputs.append(source)
+        else:
+            return None
+    read_outside = [n for n in nodes if any(user not in members for user in n.users)]
+    outputs = {n: graph.token_axes(n) for n in read_outside}
+    if not token_inputs or any(len(axes) != 1 for axes in outputs.values()):
+        return None
+    return Region(path, nodes, token_inputs, other_inputs, {n: axes[0] for n, axes in outputs.items()})
+
+
+def prove_token_wise(graph: PackGraph, region: Region) -> str | None:
+    """None if the region treats each token by itself, otherwise what was found."""
+    if any(v.device.type == "meta" for n in region.other_inputs if (v := graph.values.get(n.name)) is not None):
+        return None if _is_registered_dispatch(region) else "the weights are on the meta device, so nothing can be run"
+    run = _runner(graph, region)
+    for seed, count in enumerate(_TOKENS):
+        for alike in (False, True):
+            inputs = _random_tokens(region, count, seed, alike)
+            finding = _compare(region, run, inputs, count, seed)
+            if finding is not None:
+                return finding
+    return None
+
+
+def _is_registered_dispatch(region: Region) -> bool:
+    """Without weights only the known expert ops are taken at their word; wrapping real weights proves them."""
+    return any("grouped_mm" in str(node.target) for node in region.nodes)
+
+
+def _random_tokens(region: Region, count: int, seed: int, alike: bool) -> dict[fx.Node, Tensor]:
+    """Normal inputs of ``count`` tokens; ``alike`` makes all tokens nearly equal, so that they crowd one expert."""
+    inputs = {}
+    for node, axis in region.token_inputs.items():
+        value = node.meta["val"]
+        generator = torch.Generator().manual_seed(1000 * seed + axis)
+        shape = [count if n == axis else int(size) for n, size in enumerate(value.shape)]
+        tokens = torch.randn(shape, generator=generator)
+        if alike:
+            tokens = tokens.select(axis, 0).unsqueeze(axis) + 1e-2 * tokens
+        inputs[node] = tokens.to(value.dtype)
+    return inputs
+
+
+def _runner(graph: PackGraph, region: Region) -> Callable[[dict[fx.Node, Tensor], int], list[Tensor]]:
+    def value_of(node: fx.Node, count: int) -> Any:
+        value = node.meta["val"]
+        if isinstance(value, torch.SymInt):
+            return int(value.node.expr.subs({graph.length: count, graph.scored: count}))
+        return graph.values[node.name]
+
+    def run(tokens: dict[fx.Node, Tensor], count: int) -> list[Tensor]:
+        device = next((v.device for n in region.other_inputs if (v := graph.values.get(n.name)) is not None), None)
+        env: dict[fx.Node, Any] = {n: t.to(device) if device else t for n, t in tokens.items()}
+        env |= {n: value_of(n, count) for n in region.other_inputs}
+        with torch.no_grad():
+            for node in region.nodes:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return [env[n] for n in region.outputs]
+
+    return run
+
+
+def _compare(
+    region: Region,
+    run: Callable[[dict[fx.Node, Tensor], int], list[Tensor]],
+    inputs: dict[fx.Node, Tensor],
+    count: int,
+    seed: int,
+) -> str | None:
+    whole = run({n: t.clone() for n, t in inputs.items()}, count)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    for what, kept in (("permuted", order), ("left out", order[: max(2, count // 2)].sort().values)):
+        part = run({n: t.index_select(region.token_inputs[n], kept) for n, t in inputs.items()}, len(kept))
+        for (_, axis), all_of_it, some in zip(region.outputs.items(), whole, part, strict=True):
+            wanted = all_of_it.index_select(axis, kept.to(all_of_it.device))
+            scale = wanted.abs().max().clamp_min(1e-6)
+            if wanted.shape != some.shape or (wanted - some).abs().max() > _TOLERANCE[some.dtype] * scale:
+                return f"{region.path} as a whole is not token-wise either: its result changes when tokens are {what}"
+    return None
+
+

@@ -1,0 +1,129 @@
+"""rewrite positions: what the model computes from the index of a token now reads its logical position.
+
+before    arange(T) ── rotary, learned positions, ...        table[:T]
+after     position_ids ── ...                                index_select(table, position_ids)
+
+A node that no token reaches, whose typing rule says that it depends on the slot's index, is replaced by its value as
+a function of position: constant, affine, or a row of a table. What has no such form stays, and the token-mixing check
+refuses it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .base import PackGraph, PassResult, is_op, op_name, shape_of
+from .expressions import Const, Expr, Var, linear_form
+from .pull_back import Opaque, PullBack
+from .types import Mixes, Tok, TokenType, infer, input_types
+
+__all__ = ["rewrite_positions"]
+
+aten = torch.ops.aten
+
+
+def rewrite_positions(graph: PackGraph) -> PassResult:
+    result = PassResult("rewrite_positions")
+    reader = PullBack(graph)
+    types: dict[fx.Node, TokenType | Mixes] = dict(input_types(graph))
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or node in types:
+            continue
+        types[node] = kind = _infer(graph, node, types)
+        if isinstance(kind, Mixes) and not reader.positional.depends_on_tokens(node):
+            replacement = _at_positions(graph, node, reader)
+            if replacement is not None:
+                result.matched.append(f"{op_name(node)} -> {replacement.name}")
+                result.changed += 1
+                node.replace_all_uses_with(replacement)
+                types[replacement] = Tok(graph.token_axes(node)[0])
+        if is_op(node, "aten.embedding"):
+            _limit_by_table(graph, node, reader)
+    graph.finish()
+    return result
+
+
+def _infer(graph: PackGraph, node: fx.Node, types: dict[fx.Node, Any]) -> TokenType | Mixes:
+    mixing = [types[source] for source in node.all_input_nodes if isinstance(types.get(source), Mixes)]
+    return mixing[0] if mixing else infer(graph, node, types)
+
+
+def _at_positions(graph: PackGraph, node: fx.Node, reader: PullBack) -> fx.Node | None:
+    """The value of a position-only ``node``, computed from ``position_ids``; None if it has no such form."""
+    axes = graph.token_axes(node)
+    if len(axes) != 1 or not isinstance(node.meta.get("val"), torch.Tensor):
+        return None
+    if is_op(node, "aten.slice") and not graph.mentions_length(shape_of(node.args[0])[axes[0]]):  # type: ignore[arg-type]
+        return _rows_of_table(graph, node, axes[0])
+    if any(size != 1 for axis, size in enumerate(shape_of(node)) if axis != axes[0]):
+        return None
+    where: list[Expr] = [Const(0)] * len(shape_of(node))
+    where[axes[0]] = Var("q")
+    try:
+        return _affine(graph, node, reader.read(node, where))
+    except Opaque:
+        return None
+
+
+def _affine(graph: PackGraph, node: fx.Node, value: Expr) -> fx.Node | None:
+    form = linear_form(value) if not isinstance(value, Const) else {"": value.value}
+    if form is None or set(form) - {"q", ""}:
+        return None
+    slope, start, dtype = form.get("q", 0), form.get("", 0), node.meta["val"].dtype
+    shape = [-1 if graph.is_length(size) else int(size) for size in shape_of(node)]
+    steps: list[tuple[Any, ...]] = [(aten.reshape.default, shape)]
+    if slope != 1:
+        steps.append((aten.mul.Scalar, slope))
+    if start != 0:
+        steps.append((aten.add.Scalar, start))
+    if dtype != torch.int64:
+        steps.append((aten.to.dtype, dtype))
+    return _chain(graph, graph.layout("position_ids"), steps, node)
+
+
+def _chain(graph: PackGraph, source: fx.Node, steps: list[tuple[Any, ...]], like: fx.Node) -> fx.Node:
+    """Apply ``op(previous, argument)`` one after the other, in order, after ``like``."""
+    previous, place = source, like
+    for op, argument in steps:
+        with graph.graph.inserting_after(place):
+            previous = place = graph.call(op, (previous, argument), like=like)
+    return previous
+
+
+def _rows_of_table(graph: PackGraph, node: fx.Node, axis: int) -> fx.Node | None:
+    """``table[start:T] -> index_select(table, position_ids + start)``."""
+    start = node.args[2] if len(node.args) > 2 else 0
+    step = node.args[4] if len(node.args) > 4 else 1
+    rank = len(shape_of(node))
+    given = int(node.args[1]) % rank if len(node.args) > 1 else 0  # type: ignore[call-overload]
+    if not isinstance(start, (int, type(None))) or (start or 0) < 0 or step != 1 or given != axis:
+        return None
+    table: Any = node.args[0]
+    graph.limit_positions(int(shape_of(table)[axis]) - (start or 0))
+    flat: list[tuple[Any, ...]] = [(aten.reshape.default, [-1])]
+    rows = _chain(graph, graph.layout("position_ids"), flat + ([(aten.add.Scalar, start)] if start else []), node)
+    with graph.graph.inserting_after(rows):
+        return graph.call(aten.index_select.default, (table, axis, rows), like=node)
+
+
+def _limit_by_table(graph: PackGraph, node: fx.Node, reader: PullBack) -> None:
+    """Embedding tables end somewhere: remember where, so that a batch beyond it gets a clear error."""
+    table, index = node.args[:2]
+    if reader.positional.depends_on_tokens(index):  # type: ignore[arg-type]
+        if index is graph.layout("input_ids"):
+            graph.vocab_size = int(shape_of(table)[0])  # type: ignore[arg-type]
+        return
+    axes = graph.token_axes(index)  # type: ignore[arg-type]
+    if len(axes) != 1:
+        return
+    where: list[Expr] = [Const(0)] * len(shape_of(index))  # type: ignore[arg-type]
+    where[axes[0]] = Var("q")
+    try:
+        form = linear_form(reader.read(index, where))  # type: ignore[arg-type]
+    except Opaque:
+        return
+    if form is not None and form.get("q") == 1 and not set(form) - {"q", ""}:
+        graph.limit_positions(int(shape_of(table)[0]) - int(form.get("", 0)))  # type: ignore[arg-type]

@@ -1,0 +1,186 @@
+"""Capture a model as a graph: exactly what ``model(input_ids)`` computes on one unpadded sequence.
+
+The model is called with ``input_ids`` alone. Positions, masks and tables are then whatever the model makes
+for itself, which is what the eager unpacked model uses, and no special handling of ``position_ids`` inside the
+model can be triggered (some models cut the row where positions do not grow by one). The layout tensors are
+inputs of the captured graph that nothing reads yet; the passes connect them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from .passes.base import LAYOUT_INPUTS, NotPackable, PackGraph, Refusal
+
+__all__ = ["capture", "logits_of"]
+
+_EXAMPLE_LENGTH = 37  # prime, so that no other size of a model equals it by chance
+_PREFIX = "model."
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in whatever a model returns: a tensor, an object or dict with ``logits``, or a tuple.
+
+    Raises:
+        TypeError: nothing in the output looks like logits.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    if isinstance(found, Tensor):
+        return found
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise TypeError(f"the model returned {type(output).__name__}; accepted: a tensor, .logits, or a tuple of them")
+
+
+def call_model(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """``[1, L]`` token ids -> logits ``[1, L, V]``, the eager unpacked model as its user would call it."""
+    accepts_cache = "use_cache" in inspect.signature(model.forward).parameters
+    return logits_of(model(input_ids, **({"use_cache": False} if accepts_cache else {})))
+
+
+class _Captured(nn.Module):
+    """The model with the layout tensors as further inputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        subtree_end: Tensor,
+        segments: Tensor,
+        predecessors: Tensor,
+        targets: Tensor,
+    ) -> Tensor:
+        return call_model(self.model, input_ids)
+
+
+def capture(model: nn.Module) -> PackGraph:
+    """Export ``model`` in its present mode (train or eval) and lift its state to inputs.
+
+    Args:
+        model: maps ``[1, L]`` token ids to logits; any device, ``meta`` included.
+
+    Returns:
+        The graph before any pass. Its inputs are the model's state, then ``LAYOUT_INPUTS``.
+
+    Raises:
+        NotPackable: ``torch.export`` cannot capture the model, or capturing it changes its state.
+    """
+    exported = _export(model)
+    _refuse_state_changes(exported)
+    return _lift(exported, model)
+
+
+def _export(model: nn.Module) -> ExportedProgram:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    n = _EXAMPLE_LENGTH
+    row = torch.arange(n, device=device)
+    example = (
+        torch.zeros(1, n, dtype=torch.int64, device=device),
+        row[None],
+        torch.full((n,), n, device=device),
+        torch.zeros(5, 4, dtype=torch.int64),
+        torch.zeros(11, dtype=torch.int64, device=device),
+        torch.zeros(11, dtype=torch.int64, device=device),
+    )
+    T, S, U = Dim("T", min=2), Dim("S", min=1), Dim("U", min=1)
+    dynamic = ({1: T}, {1: T}, {0: T}, {0: S}, {0: U}, {0: U})
+    try:
+        with _quiet(), _plain_attention(model):
+            return torch.export.export(_Captured(model), example, dynamic_shapes=dynamic, strict=False)
+    # torch.export has no common base class for what it raises; whatever it is, the model cannot be captured,
+    # and the cause stays attached.
+    except Exception as error:
+        raise NotPackable(_export_refusal(error)) from error
+
+
+def _export_refusal(error: Exception) -> Refusal:
+    text = str(error).strip().splitlines()
+    first = text[0] if text else type(error).__name__
+    hint = "see the chained error; data-dependent control flow and per-forward state cannot be captured"
+    return Refusal(f"torch.export could not capture the model: {first}", op="torch.export", hint=hint)
+
+
+def _refuse_state_changes(exported: ExportedProgram) -> None:
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            target = (spec.target or "").removeprefix(_PREFIX)
+            module, _, name = target.rpartition(".")
+            reason = f"the forward pass changes {name!r}, state that would carry over from one pack to the next"
+            raise NotPackable(Refusal(reason, module, op=spec.kind.name.lower(), hint="switch the state off, or .eval()"))
+
+
+def _lift(exported: ExportedProgram, model: nn.Module) -> PackGraph:
+    state, constants, values, parameters = {}, {}, {}, set()
+    for spec in exported.graph_signature.input_specs:
+        name = spec.arg.name
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            state[name] = (spec.target or "").removeprefix(_PREFIX)
+            if spec.kind is InputKind.PARAMETER:
+                values[name] = model.get_parameter(state[name])
+                parameters.add(name)
+            else:
+                values[name] = model.get_buffer(state[name])
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            constants[name] = values[name] = exported.constants[spec.target]
+    graph_module = exported.graph_module
+    _rename_modules(graph_module)
+    sizes = {node.name: node.meta["val"].shape for node in graph_module.graph.nodes if node.name in LAYOUT_INPUTS}
+    length, scored = sizes["input_ids"][1].node.expr, sizes["targets"][0].node.expr
+    return PackGraph(graph_module, length, scored, state, constants, values, frozenset(parameters))
+
+
+def _rename_modules(graph_module: torch.fx.GraphModule) -> None:
+    """Module paths as the user knows them: without the capturing module at the root."""
+    for owner in graph_module.modules():
+        if not isinstance(owner, torch.fx.GraphModule):
+            continue
+        for node in owner.graph.nodes:
+            stack = node.meta.get("nn_module_stack")
+            if stack:
+                inner = {k: (path.removeprefix("model").lstrip("."), kind) for k, (path, kind) in stack.items() if path}
+                node.meta["nn_module_stack"] = inner
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Export warns about internals that the passes check themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+_EAGER_KERNELS = {"flash_attention_2": "eager", "flash_attention_3": "eager", "flex_attention": "eager"}
+
+
+@contextlib.contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """Capture a transformers model that is set to an opaque attention kernel through its eager spelling."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "_attn_implementation", None)
+    replacement = _EAGER_KERNELS.get(before or "")
+    if config is None or replacement is None:
+        yield
+        return
+    config._attn_implementation = replacement
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+assert tuple(inspect.signature(_Captured.forward).parameters)[1:] == LAYOUT_INPUTS

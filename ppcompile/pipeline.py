@@ -1,0 +1,119 @@
+"""The ordered list of passes: read this first.
+
+A captured model is a graph from ``input_ids [1, T]`` to ``logits [1, T, V]`` for one plain sequence. The passes turn it
+into a graph from a pack to the log-probabilities of its scored tokens, one change at a time:
+
+    canonicalize          one flat, functional graph
+    recognize_attention   find every attention, read its score and its mask, prove the mask causal
+    rewrite_attention     attention -> prefix_attention: my ancestors and my own past
+    rewrite_positions     index of a token -> its logical position
+    insert_epilogue       logits -> log-probabilities of the scored tokens, in chunks
+    token_demand          after the last attention, only scored slots are computed
+    check_token_mixing    prove that nothing else mixes tokens
+    lower                 pick a backend for every attention
+
+The same names appear in reports, dumps and errors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .capture import capture
+from .passes.base import PackGraph, PassResult
+from .passes.canonicalize import canonicalize
+from .passes.check_token_mixing import check_token_mixing
+from .passes.insert_epilogue import insert_epilogue
+from .passes.lower import lower
+from .passes.recognize import recognize_attention
+from .passes.rewrite_attention import rewrite_attention
+from .passes.rewrite_positions import rewrite_positions
+
+__all__ = ["Compiled", "Stage", "compile_model", "passes"]
+
+Pass = Callable[[PackGraph], PassResult]
+
+
+def passes(backend: str = "auto") -> tuple[Pass, ...]:
+    """The passes in order, options bound."""
+
+    def lower_to_backend(graph: PackGraph) -> PassResult:
+        return lower(graph, backend=backend)
+
+    return (
+        canonicalize,
+        recognize_attention,
+        rewrite_attention,
+        rewrite_positions,
+        insert_epilogue,
+        check_token_mixing,
+        lower_to_backend,
+    )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One line of the report: a pass, or the capture before them.
+
+    Attributes:
+        name: the pass.
+        seconds: wall time it took.
+        ops_before, ops_after: number of operations in the graph.
+        result: what it matched and changed.
+        code: the graph after it, as Python, where dumps were asked for.
+    """
+
+    name: str
+    seconds: float
+    ops_before: int
+    ops_after: int
+    result: PassResult
+    code: str = ""
+
+
+@dataclass
+class Compiled:
+    """A packed graph and how it came to be."""
+
+    graph: PackGraph
+    stages: list[Stage] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+
+def compile_model(model: nn.Module, *, backend: str = "auto", keep_code: bool = False) -> Compiled:
+    """Capture ``model`` in its present mode and run every pass.
+
+    Args:
+        model: see :func:`ppcompile.wrap`.
+        backend: attention backend, ``"auto"`` for the device's best.
+        keep_code: keep the graph's code after each stage, for dumps and diffs.
+
+    Raises:
+        NotPackable: the model cannot be captured, or a pass cannot prove it safe.
+    """
+    start = time.perf_counter()
+    graph = capture(model)
+    count = sum(graph.op_counts().values())
+    compiled = Compiled(graph)
+    compiled.stages.append(_stage("capture", start, 0, count, PassResult("capture"), graph, keep_code))
+    for run in passes(backend):
+        start = time.perf_counter()
+        result = run(graph)
+        after = sum(graph.op_counts().values())
+        compiled.stages.append(_stage(result.name, start, count, after, result, graph, keep_code))
+        count = after
+    return compiled
+
+
+def _stage(
+    name: str, start: float, before: int, after: int, result: PassResult, graph: PackGraph, keep_code: bool
+) -> Stage:
+    seconds = time.perf_counter() - start
+    return Stage(name, seconds, before, after, result, graph.readable() if keep_code else "")
