@@ -127,7 +127,7 @@ def _pull_linear(
         draw_RV = pull_outer(dlogits_RV)
         dcaptures[parts.weight].addmm_(draw_RV.mT, rows_RC)
         if parts.bias is not None:
-            pass
+            dcaptures[parts.bias].add_(draw_RV.sum(0))
         return draw_RV @ weight_VC
 
     return logits_RV, pull
