@@ -227,6 +227,8 @@ def test_budget_names_the_group_that_does_not_fit():
         pack([group] * 4, max_tokens=40)
     assert "all 4 groups need 72" in str(e.value)
     assert "another pack" in str(e.value)
+    with pytest.raises(ValueError, match=r"group 2 .*36 of max_tokens=36"):
+        pack([group] * 3, max_tokens=36)
     with pytest.raises(ValueError, match=r"group 0 .*0 of max_tokens=17 are taken.*shorten or split"):
         pack([group], max_tokens=17)
 
