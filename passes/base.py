@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 __all__ = [
     "LAYOUT_INPUTS",
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 LAYOUT_INPUTS = ("input_ids", "position_ids", "subtree_end", "segments", "predecessors", "targets")
-"""User inputs of every captured graph, in order (see ``runtime.ops.Layout`` and ``runtime.batch``)."""
+"""Inputs of every captured graph besides the model's state (see ``runtime.ops.Layout`` and ``runtime.batch``)."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ class PackGraph:
         """The fake value of ``node``, from those of its inputs."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         fake = self.layout("input_ids").meta["val"].fake_mode
-        with fake, torch.no_grad():
+        # Without the python dispatcher some decompositions read sizes as plain ints, which would fix T.
+        with fake, enable_python_dispatcher(), torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def item(self, node: fx.Node, index: int) -> fx.Node:
@@ -178,6 +180,8 @@ class PackGraph:
     def finish(self) -> None:
         """Drop what is dead and check the graph's well-formedness; every pass ends with it."""
         self.graph.eliminate_dead_code(_is_impure)
+        shapes = self.layout("input_ids").meta["val"].fake_mode.shape_env
+        assert self.length not in shapes.replacements, f"a pass fixed the row's length to {shapes.replacements[self.length]}"
         self.graph.lint()
         self.module.recompile()
 

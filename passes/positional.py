@@ -99,9 +99,8 @@ class PositionalValues:
         start, step = long[0].item(), (long[1] - long[0]).item() if long.dtype != torch.bool else 0
         if (long == long[0]).all():
             return Const(start)
-        if long.dtype.is_floating_point or long.dtype == torch.bool:
-            return None
-        if not torch.equal(long, start + step * torch.arange(len(long), dtype=long.dtype)):
+        whole = long.dtype != torch.bool and float(start).is_integer() and float(step).is_integer()
+        if not whole or not torch.equal(long, (start + step * torch.arange(len(long))).to(long.dtype)):
             return None
         return Op("add", (Op("mul", (position, Const(step))), Const(start)))
 

@@ -64,7 +64,7 @@ def enclosing_regions(graph: PackGraph, node: fx.Node, types: dict[fx.Node, Toke
 
 
 def _region(graph: PackGraph, path: str, nodes: list[fx.Node], types: dict[fx.Node, TokenType]) -> Region | None:
-    nodes = [n for n in nodes if n.op == "call_function"]
+    nodes = [n for n in nodes if n.op == "call_function" and not _is_size(n)]
     members = set(nodes)
     if any(is_op(n, "ppcompile.prefix_attention") for n in nodes):
         return None
@@ -74,7 +74,7 @@ def _region(graph: PackGraph, path: str, nodes: list[fx.Node], types: dict[fx.No
         kind = types.get(source)
         if isinstance(kind, Tok) and source.meta["val"].is_floating_point():
             token_inputs[source] = kind.axis
-        elif kind == Const() and (source.op == "placeholder" or isinstance(source.meta["val"], torch.SymInt)):
+        elif _is_size(source) or (kind == Const() and source.op == "placeholder"):
             other_inputs.append(source)
         else:
             return None
@@ -83,6 +83,10 @@ def _region(graph: PackGraph, path: str, nodes: list[fx.Node], types: dict[fx.No
     if not token_inputs or any(len(axes) != 1 for axes in outputs.values()):
         return None
     return Region(path, nodes, token_inputs, other_inputs, {n: axes[0] for n, axes in outputs.items()})
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
 def prove_token_wise(graph: PackGraph, region: Region) -> str | None:

@@ -73,12 +73,14 @@ def _affine(graph: PackGraph, node: fx.Node, value: Expr) -> fx.Node | None:
     if form is None or set(form) - {"q", ""}:
         return None
     slope, start, dtype = form.get("q", 0), form.get("", 0), node.meta["val"].dtype
+    if slope != int(slope) or start != int(start):
+        return None
     shape = [-1 if graph.is_length(size) else int(size) for size in shape_of(node)]
     steps: list[tuple[Any, ...]] = [(aten.reshape.default, shape)]
     if slope != 1:
-        steps.append((aten.mul.Scalar, slope))
+        steps.append((aten.mul.Scalar, int(slope)))
     if start != 0:
-        steps.append((aten.add.Scalar, start))
+        steps.append((aten.add.Scalar, int(start)))
     if dtype != torch.int64:
         steps.append((aten.to.dtype, dtype))
     return _chain(graph, graph.layout("position_ids"), steps, node)

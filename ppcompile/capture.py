@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
@@ -50,21 +50,13 @@ def call_model(model: nn.Module, input_ids: Tensor) -> Tensor:
 
 
 class _Captured(nn.Module):
-    """The model with the layout tensors as further inputs."""
+    """The model, with one more input for each size of the layout that is not the row's length."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        subtree_end: Tensor,
-        segments: Tensor,
-        predecessors: Tensor,
-        targets: Tensor,
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, segments: Tensor, targets: Tensor) -> Tensor:
         return call_model(self.model, input_ids)
 
 
@@ -87,18 +79,13 @@ def capture(model: nn.Module) -> PackGraph:
 
 def _export(model: nn.Module) -> ExportedProgram:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    n = _EXAMPLE_LENGTH
-    row = torch.arange(n, device=device)
     example = (
-        torch.zeros(1, n, dtype=torch.int64, device=device),
-        row[None],
-        torch.full((n,), n, device=device),
+        torch.zeros(1, _EXAMPLE_LENGTH, dtype=torch.int64, device=device),
         torch.zeros(5, 4, dtype=torch.int64),
         torch.zeros(11, dtype=torch.int64, device=device),
-        torch.zeros(11, dtype=torch.int64, device=device),
     )
-    T, S, U = Dim("T", min=2), Dim("S", min=1), Dim("U", min=1)
-    dynamic = ({1: T}, {1: T}, {0: T}, {0: S}, {0: U}, {0: U})
+    # Dim.DYNAMIC, not a named Dim: a model with tables of N positions bounds T, which a named one calls an error.
+    dynamic = ({1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC})
     try:
         with _quiet(), _plain_attention(model):
             return torch.export.export(_Captured(model), example, dynamic_shapes=dynamic, strict=False)
@@ -139,9 +126,30 @@ def _lift(exported: ExportedProgram, model: nn.Module) -> PackGraph:
             constants[name] = values[name] = exported.constants[spec.target]
     graph_module = exported.graph_module
     _rename_modules(graph_module)
-    sizes = {node.name: node.meta["val"].shape for node in graph_module.graph.nodes if node.name in LAYOUT_INPUTS}
-    length, scored = sizes["input_ids"][1].node.expr, sizes["targets"][0].node.expr
-    return PackGraph(graph_module, length, scored, state, constants, values, frozenset(parameters))
+    inputs = {node.name: node for node in graph_module.graph.nodes if node.op == "placeholder"}
+    _add_layout_inputs(graph_module.graph, inputs)
+    length = inputs["input_ids"].meta["val"].shape[1].node.expr
+    scored = inputs["targets"].meta["val"].shape[0].node.expr
+    graph = PackGraph(graph_module, length, scored, state, constants, values, frozenset(parameters))
+    longest = exported.range_constraints[length].upper
+    if longest.is_Integer:
+        graph.limit_positions(int(longest))
+    return graph
+
+
+def _add_layout_inputs(graph: fx.Graph, inputs: dict[str, fx.Node]) -> None:
+    """Add the inputs of ``LAYOUT_INPUTS`` that the model was not captured with, of the sizes of those that it was."""
+    ids, targets = inputs["input_ids"].meta["val"], inputs["targets"].meta["val"]
+    with ids.fake_mode:
+        missing = {
+            "position_ids": torch.empty_like(ids),
+            "subtree_end": ids.new_empty(ids.shape[1]),
+            "predecessors": torch.empty_like(targets),
+        }
+    for name, value in missing.items():
+        with graph.inserting_after(inputs["targets"]):
+            node = graph.create_node("placeholder", name, name=name)
+        node.meta["val"] = value
 
 
 def _rename_modules(graph_module: torch.fx.GraphModule) -> None:
@@ -182,5 +190,3 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
     finally:
         config._attn_implementation = before
 
-
-assert tuple(inspect.signature(_Captured.forward).parameters)[1:] == LAYOUT_INPUTS
