@@ -1,0 +1,256 @@
+"""Models for tests: tiny, random, with weights large enough that a masking mistake shows.
+
+``EXACT`` are the models that must be exact, ``REFUSED`` those that must be refused, each by a builder without arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+VOCABULARY = 96
+POSITIONS = 512
+_BASE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MIXED = ["sliding_attention", "full_attention"] * 2
+
+
+def _transformers(kind: str, **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        config = CONFIG_MAPPING[kind](**{**_BASE, **options})
+        return sharpen(AutoModelForCausalLM.from_config(config)).eval()
+
+    return build
+
+
+def sharpen(model: nn.Module, spread: float = 0.3, seed: int = 0) -> nn.Module:
+    """Random weights of standard deviation ``spread``, biases and sinks included: attention far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+            elif "bias" in name or "sinks" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+# --------------------------------------------------------------------------- models that are not from transformers
+
+
+class FusedAttention(nn.Module):
+    """One qkv projection, ``is_causal=True``."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, L, C = x.shape
+        q, k, v = (t.view(B, L, self.heads, -1).transpose(1, 2) for t in self.qkv(x).split(C, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(B, L, C))
+
+
+class WrittenOutAttention(FusedAttention):
+    """The softmax and its triangular mask, written out; the mask lives in a buffer."""
+
+    def __init__(self, width: int, heads: int, hidden: float = float("-inf")) -> None:
+        super().__init__(width, heads)
+        self.hidden = hidden
+        self.register_buffer("mask", torch.tril(torch.ones(POSITIONS, POSITIONS))[None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, L, C = x.shape
+        q, k, v = (t.view(B, L, self.heads, -1).transpose(1, 2) for t in self.qkv(x).split(C, dim=2))
+        scores = q @ k.transpose(-2, -1) / math.sqrt(C // self.heads)
+        scores = scores.masked_fill(self.mask[:, :, :L, :L] == 0, self.hidden)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, L, C))
+
+
+class TriangleAttention(FusedAttention):
+    """An additive mask built on the fly: ``triu(full(-inf), 1)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, L, C = x.shape
+        q, k, v = (t.view(B, L, self.heads, -1).transpose(1, 2) for t in self.qkv(x).split(C, dim=2))
+        mask = torch.triu(torch.full((L, L), float("-inf")), diagonal=1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).reshape(B, L, C))
+
+
+class Bidirectional(FusedAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        B, L, C = x.shape
+        q, k, v = (t.view(B, L, self.heads, -1).transpose(1, 2) for t in self.qkv(x).split(C, dim=2))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, C))
+
+
+class SeesOneAhead(FusedAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        B, L, C = x.shape
+        q, k, v = (t.view(B, L, self.heads, -1).transpose(1, 2) for t in self.qkv(x).split(C, dim=2))
+        position = torch.arange(L)
+        mask = position[None, :] <= position[:, None] + 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).reshape(B, L, C))
+
+
+class Block(nn.Module):
+    def __init__(self, attention: nn.Module, width: int, mixer: nn.Module | None = None) -> None:
+        super().__init__()
+        self.attention, self.mixer = attention, mixer
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        if self.mixer is not None:
+            x = x + self.mixer(x)
+        return x + self.mlp(self.norm2(x))
+
+
+class PlainGPT(nn.Module):
+    """Learned positions from ``arange``; returns a tensor of logits."""
+
+    def __init__(self, attention: type[nn.Module] = FusedAttention, mixer: type[nn.Module] | None = None, **options: Any):
+        super().__init__()
+        width = 32
+        self.words, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(POSITIONS, width)
+        self.blocks = nn.ModuleList(
+            Block(attention(width, 4, **options), width, mixer(width) if mixer else None) for _ in range(2)
+        )
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class Convolution(nn.Module):
+    """A causal depthwise convolution over tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, 3, padding=2, groups=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+
+
+class MeanOverTokens(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.mean(dim=1, keepdim=True)).expand_as(x)
+
+
+class TokenShift(nn.Module):
+    """Adds the previous token, the RWKV way."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(F.pad(x, (0, 0, 1, -1)))
+
+
+class RunningSum(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.cumsum(1))
+
+
+class BatchStatistics(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+class ScaledByIndex(nn.Module):
+    """Divides by the row's length: a function of more than the position."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1], device=x.device).flip(0)
+        return self.linear(x * (places[None, :, None] / 100))
+
+
+def _plain(attention: type[nn.Module] = FusedAttention, mixer: type[nn.Module] | None = None, **options: Any):
+    return lambda: sharpen(PlainGPT(attention, mixer, **options)).eval()
+
+
+EXACT: dict[str, Callable[[], nn.Module]] = {
+    "llama": _transformers("llama"),
+    "llama_eager": _transformers("llama", attn_implementation="eager"),
+    "qwen2": _transformers("qwen2"),
+    "qwen3": _transformers("qwen3"),
+    "mistral": _transformers("mistral", sliding_window=8),
+    "gemma2": _transformers(
+        "gemma2", layer_types=_MIXED, num_hidden_layers=4, sliding_window=8, query_pre_attn_scalar=8,
+        attn_logit_softcapping=3.0, final_logit_softcapping=4.0,
+    ),
+    "gemma3_text": _transformers("gemma3_text", layer_types=_MIXED, num_hidden_layers=4, sliding_window=8),
+    "gpt2": _transformers("gpt2", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
+    "opt": _transformers("opt", ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
+    "bloom": _transformers("bloom", hidden_dropout=0.0, attention_dropout=0.0),
+    "gpt_oss": _transformers(
+        "gpt_oss", layer_types=_MIXED, num_hidden_layers=4, sliding_window=8, num_local_experts=6, num_experts_per_tok=2,
+    ),
+    "cohere2": _transformers("cohere2", layer_types=_MIXED, num_hidden_layers=4, sliding_window=8),
+    "phi3": _transformers("phi3"),
+    "plain_fused": _plain(FusedAttention),
+    "plain_written_out": _plain(WrittenOutAttention),
+    "plain_written_out_1e9": _plain(WrittenOutAttention, hidden=-1e9),
+    "plain_triangle": _plain(TriangleAttention),
+}  # fmt: skip
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    # name: builder, module that must be named, op that must be named
+    "mamba2": (
+        _transformers("mamba2", num_heads=4, head_dim=16, state_size=16, n_groups=1),
+        "backbone.layers.0.mixer",
+        "conv1d",
+    ),
+    "bert": (_transformers("bert"), "bert.encoder.layer.0.attention.self", "scaled_dot_product_attention"),
+    "convolution": (_plain(mixer=Convolution), "blocks.0.mixer.conv", "conv1d"),
+    "bidirectional": (_plain(Bidirectional), "blocks.0.attention", "scaled_dot_product_attention"),
+    "one_ahead": (_plain(SeesOneAhead), "blocks.0.attention", "scaled_dot_product_attention"),
+    "mean_over_tokens": (_plain(mixer=MeanOverTokens), "blocks.0.mixer", "mean"),
+    "token_shift": (_plain(mixer=TokenShift), "blocks.0.mixer", "pad"),
+    "running_sum": (_plain(mixer=RunningSum), "blocks.0.mixer", "cumsum"),
+    "batch_statistics": (_plain(mixer=BatchStatistics), "blocks.0.mixer.norm", "batch_norm"),
+    "scaled_by_index": (_plain(mixer=ScaledByIndex), "blocks.0.mixer", "flip"),
+}
