@@ -32,6 +32,7 @@ from .passes.lower import lower
 from .passes.recognize import recognize_attention
 from .passes.rewrite_attention import rewrite_attention
 from .passes.rewrite_positions import rewrite_positions
+from .passes.token_demand import token_demand
 
 __all__ = ["Compiled", "Stage", "compile_model", "passes"]
 
@@ -50,6 +51,7 @@ def passes(backend: str = "auto") -> tuple[Pass, ...]:
         rewrite_attention,
         rewrite_positions,
         insert_epilogue,
+        token_demand,
         check_token_mixing,
         lower_to_backend,
     )
