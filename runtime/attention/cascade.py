@@ -26,7 +26,9 @@ one tile ``Q`` queries and ``K`` keys; ``N = H // G * Q`` the queries that share
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -206,7 +208,7 @@ class _Site:
         """``[1, H, Q, D]`` as ``[G, N, D]``: all queries that share a key head, in float32 at least."""
         return tensor[0].to(self.wide).reshape(self.groups, -1, tensor.shape[-1])
 
-    def score(self, tile: Tile, raw_HQK: Tensor, captures: Sequence[Tensor]) -> Tensor:
+    def score(self, tile: Tile, raw_HQK: Tensor, captures: Sequence[Any]) -> Tensor:
         """The score program on one tile, nothing hidden yet."""
         where = self.variables(tile)
         program = compile_program(self.how.program, ("s", *where))
@@ -231,6 +233,28 @@ def _finite(lse: Tensor) -> Tensor:
 
 def _weights(score_HQK: Tensor, lse_HQ: Tensor) -> Tensor:
     return torch.exp(score_HQK - _finite(lse_HQ)[..., None])
+
+
+class _Lookup:
+    """A low-precision table held in float32, which reads as itself and whose gradient adds up in float32.
+
+    Thousands of pairs may read one entry; in bfloat16 their sum stops growing after a few hundred.
+    """
+
+    def __init__(self, table: Tensor, dtype: torch.dtype) -> None:
+        self.table, self.dtype = table, dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.table[index].to(self.dtype)
+
+
+def _as_captured(wide: Tensor, n: int, how: Score) -> Tensor | _Lookup:
+    """Capture ``n`` as the score program expects it, from its copy in float32 at least."""
+    dtype = how.captures[n].dtype
+    if wide.dtype == dtype:
+        return wide
+    named, looked_up = (len(re.findall(pattern, how.program)) for pattern in (rf"\bc{n}\b", rf"\bat\(c{n}\b"))
+    return _Lookup(wide, dtype) if named == looked_up else wide.to(dtype)
 
 
 class _Pull:
@@ -301,13 +325,14 @@ class _Pull:
         if site.how.program == PLAIN:
             return raw_HQK, lambda dscore: dscore
 
-        def run(raw: Tensor, *floating: Tensor) -> Tensor:
-            captures = list(site.how.captures)
-            for n, capture in zip(self.floating, floating, strict=True):
-                captures[n] = capture
+        def run(raw: Tensor, *wide: Tensor) -> Tensor:
+            captures: list[Any] = list(site.how.captures)
+            for n, value in zip(self.floating, wide, strict=True):
+                captures[n] = _as_captured(value, n, site.how)
             return site.score(tile, raw, captures)
 
-        score_HQK, vjp = torch.func.vjp(run, raw_HQK, *(site.how.captures[n] for n in self.floating))
+        wide = (site.how.captures[n].to(self.floats[n].dtype) for n in self.floating)
+        score_HQK, vjp = torch.func.vjp(run, raw_HQK, *wide)
 
         def pull(dscore_HQK: Tensor) -> Tensor:
             draw_HQK, *grads = vjp(dscore_HQK)

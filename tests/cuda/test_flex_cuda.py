@@ -1,0 +1,169 @@
+"""FlexAttention on a GPU, forward and backward, against the reference on the same GPU."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from ppcompile.runtime.attention import flex, reference
+from ppcompile.runtime.forest import forest_from_groups, forest_from_sequences
+from ppcompile.runtime.layout import block_lists
+from ppcompile.runtime.ops import Layout, Score
+from torch import Tensor
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward needs a CUDA device"),
+    # Inductor's advice (TensorFloat32, too few SMs, ...) depends on the device.
+    pytest.mark.filterwarnings("ignore"),
+]
+
+HEADS, SIZE, SCALE = 4, 64, 0.2
+
+
+def from_forest(forest) -> Layout:
+    arrays = (forest.positions[None], forest.subtree_end, forest.segments)
+    position_ids, subtree_end, segments = (torch.tensor(a, dtype=torch.int64) for a in arrays)
+    return Layout(position_ids.cuda(), subtree_end.cuda(), segments)
+
+
+def groups(*lengths: tuple[int, Sequence[int]]) -> Layout:
+    return from_forest(forest_from_groups([([1] * prompt, [[2] * n for n in rest]) for prompt, rest in lengths]))
+
+
+def three_levels() -> Layout:
+    """A system prompt, two prompts on it, two responses on each."""
+    system, first, second = [1] * 90, [2] * 150, [3] * 70
+    turns = [(first, 4, 60), (first, 5, 130), (second, 6, 200), (second, 7, 9)]
+    return from_forest(forest_from_sequences([system + turn + [token] * n for turn, token, n in turns]))
+
+
+def layouts() -> dict[str, Layout]:
+    return {
+        "two responses": groups((300, [70, 150])),
+        "nine unequal responses": groups((130, [3, 90, 1, 140, 2, 33, 70, 200, 50])),
+        "groups in a row": groups((150, [60, 90]), (40, [110, 30]), (300, [20, 80, 51])),
+        "three levels": three_levels(),
+        "a multiple of the block size": groups((256, [128, 128])),
+    }
+
+
+LAYOUTS = ["two responses", "nine unequal responses", "groups in a row", "three levels", "a multiple of the block size"]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+def scores(length: int) -> dict[str, Score]:
+    per_head, per_slot, table = normal(HEADS, seed=5), normal(length, seed=6), 2 * normal(HEADS, 12, seed=7)
+    softcap = "mul(tanh(div(s, 4.0)), 4.0)"
+    return {
+        "plain": Score(SCALE),
+        "window": Score(SCALE, window=100),
+        "softcap in a window": Score(SCALE, softcap, window=33),
+        "alibi, learned slopes": Score(SCALE, "add(s, mul(mul(at(c0, h), 0.01), k))", captures=(per_head,)),
+        "learned table of distances": Score(SCALE, "add(s, at(c0, h, clamp(sub(q, k), 0, 11)))", captures=(table,)),
+        "a value per key slot": Score(SCALE, "add(s, at(c0, j))", captures=(per_slot,)),
+        "window written as a program": Score(SCALE, "where(lt(sub(q, k), 50), s, -inf)"),
+        "chunks": Score(SCALE, visible="eq(floordiv(q, 64), floordiv(k, 64))"),
+        "sinks": Score(SCALE, sinks=2 * per_head),
+        "softcap, window and sinks": Score(SCALE, softcap, window=70, sinks=2 * per_head),
+    }
+
+
+SCORES = [
+    "plain",
+    "window",
+    "softcap in a window",
+    "alibi, learned slopes",
+    "learned table of distances",
+    "a value per key slot",
+    "window written as a program",
+    "chunks",
+    "sinks",
+    "softcap, window and sinks",
+]
+
+
+def operands(length: int, groups: int, dtype: torch.dtype) -> list[Tensor]:
+    """``query, key, value, grad_out``."""
+    shapes = [(HEADS, SIZE), (groups, SIZE), (groups, SIZE), (HEADS, SIZE)]
+    return [2 * normal(1, length, *s, seed=n).to(dtype).transpose(1, 2) for n, s in enumerate(shapes)]
+
+
+def run_flex(tensors: list[Tensor], layout: Layout, how: Score) -> list[Tensor]:
+    """``out, dquery, dkey, dvalue``, then the gradients of sinks and of floating captures."""
+    leaves = [t.detach().requires_grad_() for t in tensors[:3]]
+    captures = [c.clone().requires_grad_(c.is_floating_point()) for c in how.captures]
+    sinks = None if how.sinks is None else how.sinks.clone().requires_grad_()
+    pack = (layout.position_ids, layout.subtree_end)
+    blocks = block_lists(*pack, how.window)
+    program = (how.scale, how.program, how.visible, how.window)
+    out = flex.flex_prefix_attention(*leaves, *pack, blocks, captures, sinks, *program)
+    wanted = [*leaves, *([] if sinks is None else [sinks]), *(c for c in captures if c.requires_grad)]
+    return [out.detach(), *torch.autograd.grad(out, wanted, tensors[3])]
+
+
+def run_reference(tensors: list[Tensor], layout: Layout, how: Score) -> list[Tensor]:
+    out, lse = reference.forward(*tensors[:3], layout, how)
+    grads = reference.backward(tensors[3], *tensors[:3], out, lse, layout, how)
+    return [out, *(g for g in grads if g.numel())]
+
+
+def relative_errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("pack", LAYOUTS)
+def test_float32(pack, name, groups):
+    """Triton multiplies float32 in full precision only when told so; the reference does it by default."""
+    layout = layouts()[pack]
+    how = scores(layout.subtree_end.numel())[name]
+    tensors = operands(layout.subtree_end.numel(), groups, torch.float32)
+    exact = run_reference([t.double() for t in tensors], layout, in_dtype(how, torch.float64))
+    assert max(relative_errors(run_flex(tensors, layout, how), exact)) < 2e-3
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_bfloat16(name):
+    """Against float64, with the reference's own error on bfloat16 tensors as the yardstick.
+
+    The reference multiplies in float32, tensor cores in bfloat16: hence the constant.
+    """
+    layout = layouts()["groups in a row"]
+    how = in_dtype(scores(layout.subtree_end.numel())[name], torch.bfloat16)
+    tensors = operands(layout.subtree_end.numel(), 2, torch.bfloat16)
+    exact = run_reference([t.double() for t in tensors], layout, in_dtype(how, torch.float64))
+    usual = relative_errors(run_reference(tensors, layout, how), exact)
+    found = relative_errors(run_flex(tensors, layout, how), exact)
+    assert all(error <= 4 * yardstick + 1e-2 for error, yardstick in zip(found, usual, strict=True)), (found, usual)
+
+
+def in_dtype(how: Score, dtype: torch.dtype) -> Score:
+    captures = tuple(c.to(dtype) if c.is_floating_point() else c for c in how.captures)
+    return replace(how, captures=captures, sinks=None if how.sinks is None else how.sinks.to(dtype))
+
+
+@pytest.mark.parametrize("name", ["plain", "softcap, window and sinks", "a value per key slot", "chunks"])
+def test_one_artifact_for_all_lengths(name):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for layout in layouts().values():
+        length = layout.subtree_end.numel()
+        run_flex(operands(length, 2, torch.bfloat16), layout, in_dtype(scores(length)[name], torch.bfloat16))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_no_scores_of_slots_by_slots():
+    layout = groups((6000, [1000] * 4))
+    length = layout.subtree_end.numel()
+    tensors = operands(length, 2, torch.bfloat16)
+    run_flex(tensors, layout, Score(SCALE))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run_flex(tensors, layout, Score(SCALE))
+    assert torch.cuda.max_memory_allocated() - before < length * length  # bytes: one eighth of bfloat16 scores
