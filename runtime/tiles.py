@@ -17,9 +17,11 @@ window its tiles are ``MASKED``, which is right whatever the positions are.
 
 from __future__ import annotations
 
+import bisect
 import enum
 import functools
 import itertools
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -113,12 +115,12 @@ def plan_tiles(segments: Tensor, position_ids: Tensor, window: int, grain: Grain
     # Without a window positions decide nothing: the plan of any positions will do.
     positions = position_ids[0, edges.to(position_ids.device)].cpu() if window else edges
     content = torch.cat([segments[:, :3], positions.T], dim=1).numpy().tobytes()
-    return _cached_plan(content, segments.shape[0], window, grain)
+    return _cached_plan(content, window, grain)
 
 
 @functools.lru_cache(maxsize=128)
-def _cached_plan(content: bytes, count: int, window: int, grain: Grain) -> Plan:
-    rows = memoryview(content).cast("B").cast("q", (count, 5)).tolist() if count else []
+def _cached_plan(content: bytes, window: int, grain: Grain) -> Plan:
+    rows = struct.iter_unpack("5q", content)
     forest = [_Segment(a, b, end, first, last - first == b - 1 - a) for a, b, end, first, last in rows]
     if window:
         # Edges of about half a window waste least: the visible band is cut into diagonal, masked and full parts.
@@ -166,10 +168,10 @@ def _below(segment: _Segment, done: int, forest: list[_Segment], window: int, gr
     if not window:
         yield from _rectangle(segment, segment, done, segment.subtree_end, segment.stop, window)
         return
-    for child in forest:
-        if done <= child.start < segment.subtree_end:
-            for q0, q1 in _blocks(child.start, child.stop, grain.rows):
-                yield from _rectangle(child, segment, q0, q1, segment.stop, window)
+    first, last = (bisect.bisect_left(forest, slot, key=lambda s: s.start) for slot in (done, segment.subtree_end))
+    for child in forest[first:last]:
+        for q0, q1 in _blocks(child.start, child.stop, grain.rows):
+            yield from _rectangle(child, segment, q0, q1, segment.stop, window)
 
 
 def _rectangle(child: _Segment, segment: _Segment, q0: int, q1: int, stop: int, window: int) -> Iterator[Tile]:

@@ -332,7 +332,7 @@ class _Pull:
             return site.score(tile, raw, captures)
 
         wide = (site.how.captures[n].to(self.floats[n].dtype) for n in self.floating)
-        score_HQK, vjp = torch.func.vjp(run, raw_HQK, *wide)
+        score_HQK, vjp, *_ = torch.func.vjp(run, raw_HQK, *wide)
 
         def pull(dscore_HQK: Tensor) -> Tensor:
             draw_HQK, *grads = vjp(dscore_HQK)

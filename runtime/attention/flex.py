@@ -119,7 +119,7 @@ def _attend(
     window: int,
 ) -> Tensor:
     position = position_ids[0]
-    result = flex_attention(
+    result: Any = flex_attention(
         query,
         key,
         value,
@@ -156,7 +156,7 @@ def _joined(num: Tensor, indices: Tensor, more_num: Tensor, more_indices: Tensor
     return num + more_num, torch.where(column < num[..., None], indices, more_indices.gather(-1, behind))
 
 
-def _block_mask(length: int, blocks: tuple[Tensor | None, ...], mask_mod: Callable[..., Tensor]) -> BlockMask:
+def _block_mask(length: int, blocks: Sequence[Any], mask_mod: Callable[..., Tensor]) -> BlockMask:
     kv_num, kv_indices, full_kv_num, full_kv_indices, q_num, q_indices, full_q_num, full_q_indices = blocks
     return BlockMask(
         seq_lengths=(length, length),

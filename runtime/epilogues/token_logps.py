@@ -165,7 +165,7 @@ def _vjp(
             varied[n] = value
         return program(first, varied)
 
-    result, vjp = torch.func.vjp(run, first, *(captures[n] for n in floating))
+    result, vjp, *_ = torch.func.vjp(run, first, *(captures[n] for n in floating))
 
     def pull(gradient: Tensor) -> Tensor:
         dfirst, *grads = vjp(gradient)

@@ -178,14 +178,16 @@ def sdpa_errors(exact: list[Tensor], narrow: list[Tensor], layout: Layout) -> li
     return [relative_error(got, want) for want, got in zip(*results, strict=True)]
 
 
-def test_rows_that_see_nothing_are_zero(layout, grain):
+@pytest.mark.parametrize("program", ["s", "mul(s, 1.5)"])
+@pytest.mark.parametrize("distance", [1, 11])
+def test_rows_that_see_nothing_are_zero(layout, grain, program, distance):
     """Only a visibility program makes such rows; the reference says NaN there, and NaN would spread."""
-    how = Score(SCALE, visible="gt(sub(q, k), 1)")
+    how = Score(SCALE, program, visible=f"gt(sub(q, k), {distance})")
     out, lse, *grads = run(cascade, operands(layout), layout, how)
-    blind = layout.position_ids[0] < 2
+    blind = layout.position_ids[0] <= distance
     assert not out[:, :, blind].any()
     assert torch.isneginf(lse[:, :, blind]).all()
-    assert all(torch.isfinite(t).all() for t in (out, *grads))
+    assert all(torch.isfinite(t).all() for t in (out, lse[:, :, ~blind], *grads))
 
 
 def test_rows_that_see_only_the_sink(layout, grain):

@@ -1,5 +1,7 @@
 """The tile plan covers exactly the visible pairs, whatever the forest, the window and the grain."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ppcompile.runtime.ops import Layout
@@ -46,6 +48,15 @@ def test_every_visible_pair_once_and_no_other(layout, window, grain):
 def test_long_segments(long_layout, window, grain):
     seen = visible_pairs(long_layout, window)
     plan = plan_tiles(long_layout.segments, long_layout.position_ids, window, grain)
+    assert torch.equal(times_computed(plan, seen), seen.long())
+
+
+@pytest.mark.parametrize("grain", GRAINS.values(), ids=GRAINS.keys())
+def test_positions_that_jump_are_masked(layout, grain):
+    """No pack has them, but a plan must not trust positions that it has not understood."""
+    jumping = replace(layout, position_ids=3 * layout.position_ids)
+    seen = visible_pairs(jumping, 7)
+    plan = plan_tiles(jumping.segments, jumping.position_ids, 7, grain)
     assert torch.equal(times_computed(plan, seen), seen.long())
 
 
