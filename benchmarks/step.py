@@ -192,7 +192,9 @@ def main(
         return
     console = Console()
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    console.print(f"{source}; Llama {size:.0f}M float32, torch {torch.__version__}, 1 thread; {len(chosen)} batches of {pairs}")
+    console.print(
+        f"{source}; Llama {size:.0f}M float32, torch {torch.__version__}, 1 thread; {len(chosen)} batches of {pairs}"
+    )
     steps = {layout: _step_of(layout, model) for layout in LAYOUTS}
     for step in steps.values():
         step([ppcompile.Group(g.prompt[:8], [r[:8] for r in g.responses]) for g in chosen[0]]).backward()
@@ -203,7 +205,9 @@ def main(
     _report(console, seconds, tokens, peaks)
     console.print("summed losses: " + ", ".join(f"{layout} {value:.5f}" for layout, value in losses.items()))
     if out is not None:
-        out.write_text(json.dumps({"source": source, "seconds": seconds, "tokens": vars(tokens), "memory": peaks}, indent=1))
+        out.write_text(
+            json.dumps({"source": source, "seconds": seconds, "tokens": vars(tokens), "memory": peaks}, indent=1)
+        )
 
 
 def _arguments(data: str, width: int, layers: int, pairs: int, batches: int) -> Iterator[str]:

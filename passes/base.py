@@ -181,7 +181,9 @@ class PackGraph:
         """Drop what is dead and check the graph's well-formedness; every pass ends with it."""
         self.graph.eliminate_dead_code(_is_impure)
         shapes = self.layout("input_ids").meta["val"].fake_mode.shape_env
-        assert self.length not in shapes.replacements, f"a pass fixed the row's length to {shapes.replacements[self.length]}"
+        assert self.length not in shapes.replacements, (
+            f"a pass fixed the row's length to {shapes.replacements[self.length]}"
+        )
         self.graph.lint()
         self.module.recompile()
 

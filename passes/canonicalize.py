@@ -167,8 +167,9 @@ def _may_alias(node: fx.Node) -> bool:
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
     left, right = shape_of(a), shape_of(b)
     return len(left) == len(right) and all(
-        (x.node.expr == y.node.expr) if isinstance(x, torch.SymInt) and isinstance(y, torch.SymInt) else x is y or
-        (isinstance(x, int) and isinstance(y, int) and x == y)
+        (x.node.expr == y.node.expr)
+        if isinstance(x, torch.SymInt) and isinstance(y, torch.SymInt)
+        else x is y or (isinstance(x, int) and isinstance(y, int) and x == y)
         for x, y in zip(left, right, strict=True)
     )
 

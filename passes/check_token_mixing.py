@@ -38,7 +38,9 @@ def check_token_mixing(graph: PackGraph) -> PassResult:
             types[node] = kind
     final = types[output_node(graph.graph)]
     if final != Tok(0):
-        raise NotPackable(Refusal.at(output_node(graph.graph), f"the result is {final}, not one value per scored token"))
+        raise NotPackable(
+            Refusal.at(output_node(graph.graph), f"the result is {final}, not one value per scored token")
+        )
     return result
 
 

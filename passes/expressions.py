@@ -313,7 +313,9 @@ def _lift_where(expr: Op, relation: Relation | None) -> Expr | None:
         condition, a, b = arg.args
         others = [other for m, other in enumerate(expr.args) if m != n]
         constant = all(isinstance(e, Const) for e in (a, b, *others))
-        additive = expr.name in ("add", "sub", *DTYPES) and (is_hidden(a) or is_hidden(b)) and (n == 0 or expr.name == "add")
+        additive = (
+            expr.name in ("add", "sub", *DTYPES) and (is_hidden(a) or is_hidden(b)) and (n == 0 or expr.name == "add")
+        )
         if not (constant or additive):
             continue
         branches = [_fold(Op(expr.name, (*expr.args[:n], e, *expr.args[n + 1 :])), relation) for e in (a, b)]

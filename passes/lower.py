@@ -60,5 +60,3 @@ def _attention_node(node: fx.Node) -> fx.Node:
     while not is_op(current, "ppcompile.prefix_attention"):
         current = current.args[0]
     return current
-
-

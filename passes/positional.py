@@ -141,11 +141,12 @@ class PositionalValues:
                     stack.append(source)
         return [n for n in self.graph.graph.nodes if n in found]
 
-
     def _input(self, node: fx.Node, length: int) -> torch.Tensor | None:
         if node.name in LAYOUT_INPUTS:
             row = torch.arange(length)
-            return {"input_ids": torch.zeros(1, length, dtype=torch.int64), "position_ids": row[None]}.get(node.name, row)
+            return {"input_ids": torch.zeros(1, length, dtype=torch.int64), "position_ids": row[None]}.get(
+                node.name, row
+            )
         value = self.fixed_value(node)
         return None if value is None else value.detach().cpu()
 

@@ -63,7 +63,9 @@ class PullBack:
         leaf_rule: called on every node before any rule; returns an expression or ``None``.
     """
 
-    def __init__(self, graph: PackGraph, leaf_rule: Callable[[fx.Node, Coordinates], Expr | None] | None = None) -> None:
+    def __init__(
+        self, graph: PackGraph, leaf_rule: Callable[[fx.Node, Coordinates], Expr | None] | None = None
+    ) -> None:
         self.graph = graph
         self.positional = PositionalValues(graph)
         self._leaf_rule = leaf_rule
@@ -295,7 +297,9 @@ class PullBack:
         sizes = shape_of(source)
         inner = where[len(where) - len(sizes) :]
         read_at = []
-        for axis, (w, size, out) in enumerate(zip(inner, sizes, shape_of(node)[len(where) - len(sizes) :], strict=True)):
+        for axis, (w, size, out) in enumerate(
+            zip(inner, sizes, shape_of(node)[len(where) - len(sizes) :], strict=True)
+        ):
             if self.graph.mentions_length(size) and not self.graph.is_length(out):
                 raise Opaque(node, f"axis {axis} of tokens is repeated")
             same = self.graph.is_length(size) or size == out
@@ -359,7 +363,9 @@ class PullBack:
         if any(self.graph.mentions_length(size) for size in sizes):
             raise Opaque(node, "a view that merges or splits the token axis")
         while sizes[0] != sizes[1]:
-            side, rest, group, shape = (0, left, group_in, inner) if sizes[0] < sizes[1] else (1, right, group_out, outer)
+            side, rest, group, shape = (
+                (0, left, group_in, inner) if sizes[0] < sizes[1] else (1, right, group_out, outer)
+            )
             if not rest or self.graph.mentions_length(shape[rest[0]]):
                 raise Opaque(node, "a view that merges or splits the token axis")
             group.append(rest.pop(0))
@@ -397,5 +403,3 @@ def _slice_arguments(node: fx.Node) -> tuple[int, Any, Any, Any]:
     given = list(node.args[1:]) + defaults[len(node.args) - 1 :]
     axis, start, end, step = (node.kwargs.get(name, value) for name, value in zip(names, given, strict=True))
     return int(axis), start or 0, end, step  # type: ignore[arg-type]
-
-

@@ -159,5 +159,3 @@ def _compare(
             if wanted.shape != some.shape or (wanted - some).abs().max() > _TOLERANCE[some.dtype] * scale:
                 return f"{region.path} as a whole is not token-wise either: its result changes when tokens are {what}"
     return None
-
-

@@ -8,7 +8,20 @@ from typing import Any
 from torch import fx
 
 from .base import Refusal, module_path
-from .expressions import HIDDEN, Capture, Const, Expr, Op, Var, conjuncts, is_hidden, linear_form, simplify, to_program, walk
+from .expressions import (
+    HIDDEN,
+    Capture,
+    Const,
+    Expr,
+    Op,
+    Var,
+    conjuncts,
+    is_hidden,
+    linear_form,
+    simplify,
+    to_program,
+    walk,
+)
 
 __all__ = ["NoMatch", "ScoreMeaning", "Site", "understand_score"]
 

@@ -112,7 +112,18 @@ def _from_constants(graph: PackGraph, node: fx.Node) -> TokenType | Mixes:
     return Mixes(f"{op_name(node)} makes values that depend on the slot's index in the row")
 
 
-_FILLS = ("ones", "zeros", "full", "ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full", "empty_like")
+_FILLS = (
+    "ones",
+    "zeros",
+    "full",
+    "ones_like",
+    "zeros_like",
+    "full_like",
+    "new_ones",
+    "new_zeros",
+    "new_full",
+    "empty_like",
+)
 
 
 # --------------------------------------------------------------------------- kinds of rules
@@ -208,7 +219,19 @@ def along_axis(graph: PackGraph, node: fx.Node, types: dict[fx.Node, TokenType])
     return Tuple((item,) * len(outputs)) if isinstance(value, (tuple, list)) else item
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "flip", "roll", "glu", "gather", "logcumsumexp")
+@rule(
+    "softmax",
+    "_softmax",
+    "log_softmax",
+    "_log_softmax",
+    "cumsum",
+    "cumprod",
+    "flip",
+    "roll",
+    "glu",
+    "gather",
+    "logcumsumexp",
+)
 def along_given_axis(graph: PackGraph, node: fx.Node, types: dict[fx.Node, TokenType]) -> TokenType | Mixes:
     """Ops along the axis given as second argument, all tensors laid out alike."""
     position = 2 if is_op(node, "aten.roll") else 1
@@ -447,5 +470,3 @@ def token_logps(graph: PackGraph, node: fx.Node, types: dict[fx.Node, TokenType]
     if any(types[capture] != Const() for capture in captures):  # type: ignore[union-attr, index]
         return Mixes("a head whose weights depend on the tokens")
     return Tuple((Tok(0), Tok(0)))
-
-

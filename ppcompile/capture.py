@@ -108,7 +108,9 @@ def _refuse_state_changes(exported: ExportedProgram) -> None:
             target = (spec.target or "").removeprefix(_PREFIX)
             module, _, name = target.rpartition(".")
             reason = f"the forward pass changes {name!r}, state that would carry over from one pack to the next"
-            raise NotPackable(Refusal(reason, module, op=spec.kind.name.lower(), hint="switch the state off, or .eval()"))
+            raise NotPackable(
+                Refusal(reason, module, op=spec.kind.name.lower(), hint="switch the state off, or .eval()")
+            )
 
 
 def _lift(exported: ExportedProgram, model: nn.Module) -> PackGraph:
@@ -189,4 +191,3 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
-

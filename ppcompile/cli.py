@@ -31,7 +31,9 @@ def inspect(
     model: _Model,
     train: _Mode = False,
     backend: _Backend = "auto",
-    dump: Annotated[Path | None, typer.Option(help="write the graph after each pass as Python into this folder")] = None,
+    dump: Annotated[
+        Path | None, typer.Option(help="write the graph after each pass as Python into this folder")
+    ] = None,
     diff: Annotated[tuple[str, str] | None, typer.Option(help="show what changed between two stages")] = None,
     mask: Annotated[Path | None, typer.Option(help="draw the mask of an example pack, .png or .svg")] = None,
 ) -> None:
@@ -102,7 +104,9 @@ def _load(name: str, console: Console, *, weights: bool) -> nn.Module:
         message = f"{name!r} is not a model folder, a hub id that can be reached, or a config.json: {first}"
         raise typer.BadParameter(message, param_hint="MODEL") from None
     if config.model_type not in _decoder_types():
-        message = f"{name!r} is of type {config.model_type!r}, which transformers does not list as a causal language model"
+        message = (
+            f"{name!r} is of type {config.model_type!r}, which transformers does not list as a causal language model"
+        )
         raise typer.BadParameter(message, param_hint="MODEL")
     torch.manual_seed(0)
     if weights and not name.endswith(".json") and _has_weights(name):
@@ -138,6 +142,9 @@ def _draw_example(path: Path, console: Console) -> None:
     from .runtime.batch import Group, pack
     from .runtime.picture import draw_mask
 
-    groups = [Group([*range(8)], [[*range(5)], [*range(3)], [*range(4)]]), Group([*range(5)], [[*range(4)], [*range(6)]])]
+    groups = [
+        Group([*range(8)], [[*range(5)], [*range(3)], [*range(4)]]),
+        Group([*range(5)], [[*range(4)], [*range(6)]]),
+    ]
     draw_mask(pack(groups), path)
     console.print(f"mask of an example pack in {path}")

@@ -135,23 +135,32 @@ def _state(model: nn.Module, name: str) -> Tensor:
 
 def _fingerprint(model: nn.Module) -> Hashable:
     """All that a captured graph depends on besides the weights' values."""
-    modes = tuple((m.training, getattr(m, "disable_adapters", None), str(getattr(m, "active_adapters", ""))) for m in model.modules())
+    modes = tuple(
+        (m.training, getattr(m, "disable_adapters", None), str(getattr(m, "active_adapters", "")))
+        for m in model.modules()
+    )
     state = tuple((name, t.dtype, t.device) for name, t in (*model.named_parameters(), *model.named_buffers()))
     return modes, state, getattr(getattr(model, "config", None), "_attn_implementation", None)
 
 
 def _check_batch(batch: PackedBatch, compiled: Compiled, model: nn.Module) -> None:
     if not isinstance(batch, PackedBatch):
-        raise TypeError(f"a packed model takes a PackedBatch, got {type(batch).__name__}; make one with ppcompile.pack(groups)")
+        raise TypeError(
+            f"a packed model takes a PackedBatch, got {type(batch).__name__}; make one with ppcompile.pack(groups)"
+        )
     graph = compiled.graph
     device = graph.layout("input_ids").meta["val"].device
     if batch.device != device:
-        raise ValueError(f"the batch is on {batch.device} and the model on {device}; use packed(batch.to({str(device)!r}))")
+        raise ValueError(
+            f"the batch is on {batch.device} and the model on {device}; use packed(batch.to({str(device)!r}))"
+        )
     if graph.vocab_size is not None and batch.max_token_id >= graph.vocab_size:
         raise ValueError(f"token id {batch.max_token_id} is outside the model's vocabulary of {graph.vocab_size}")
     if graph.max_positions is not None and batch.max_position >= graph.max_positions:
         longest = batch.max_position + 1
-        raise ValueError(f"a sequence of {longest} tokens is longer than the model's {graph.max_positions} positions; shorten it")
+        raise ValueError(
+            f"a sequence of {longest} tokens is longer than the model's {graph.max_positions} positions; shorten it"
+        )
     if torch.is_autocast_enabled(device.type):
         raise ValueError(
             "packed under torch.autocast: the graph keeps the model's own dtypes, so autocast regions the model switches off "

@@ -32,7 +32,9 @@ def passes_table(compiled: Compiled) -> Table:
     """One row a pass: seconds, operations before and after, what it matched."""
     table = Table("pass", "seconds", "ops", "changed", "matched", title="passes")
     for stage in compiled.stages:
-        ops = f"{stage.ops_after}" if stage.ops_before == stage.ops_after else f"{stage.ops_before} -> {stage.ops_after}"
+        ops = (
+            f"{stage.ops_after}" if stage.ops_before == stage.ops_after else f"{stage.ops_before} -> {stage.ops_after}"
+        )
         matched = stage.result.matched
         shown = "" if not matched else matched[0] if len(matched) == 1 else f"{len(matched)}, first: {matched[0]}"
         table.add_row(stage.name, f"{stage.seconds:.2f}", ops, str(stage.result.changed or ""), Text(shown))

@@ -99,7 +99,9 @@ class Report:
         table = Table("check", "measured", "limit", title=str(self).splitlines()[0])
         table.add_row("forward (nats)", f"{self.forward:.1e}", f"{self.forward_limit:.1e}")
         if self.gradient is not None:
-            table.add_row(f"gradients (relative; {self.worst_parameter})", f"{self.gradient:.1e}", f"{self.gradient_limit:.0e}")
+            table.add_row(
+                f"gradients (relative; {self.worst_parameter})", f"{self.gradient:.1e}", f"{self.gradient_limit:.0e}"
+            )
         table.add_row("independence (nats)", f"{self.independence:.1e}", f"{self.forward_limit:.1e}")
         table.add_row("spread of unpacked batchings (nats)", f"{self.spread:.1e}", "")
         return table
@@ -167,7 +169,9 @@ def unpacked_logps(model: nn.Module, batch: PackedBatch, *, extend: int = 0) -> 
             matrix products have another shape: a second unpacked batching.
     """
     found = []
-    for sequence, prompt, length in zip(batch.sequences(), batch.prompt_lengths.tolist(), batch.lengths.tolist(), strict=True):
+    for sequence, prompt, length in zip(
+        batch.sequences(), batch.prompt_lengths.tolist(), batch.lengths.tolist(), strict=True
+    ):
         ids = torch.as_tensor(sequence, device=batch.device)[None]
         row = torch.cat([ids, ids[:, -1:].expand(1, extend)], dim=1) if extend else ids
         logits = call_model(model, row)[0, prompt - 1 : prompt - 1 + length]
@@ -178,7 +182,11 @@ def unpacked_logps(model: nn.Module, batch: PackedBatch, *, extend: int = 0) -> 
 
 
 def _measure(packed: PackedModel, eager: nn.Module, batch: PackedBatch, gradients: bool, seed: int) -> Report:
-    ours, theirs, again = packed(batch).token_logps, unpacked_logps(eager, batch), unpacked_logps(eager, batch, extend=9)
+    ours, theirs, again = (
+        packed(batch).token_logps,
+        unpacked_logps(eager, batch),
+        unpacked_logps(eager, batch, extend=9),
+    )
     spread = (again - theirs).abs().max().item()
     low_precision = any(p.dtype in (torch.bfloat16, torch.float16) for p in eager.parameters())
     if low_precision:
@@ -217,7 +225,9 @@ def _float32_gradients(eager: nn.Module, batch: PackedBatch, weights: Tensor) ->
 
 def _gradients(model: nn.Module, logps: Tensor, weights: Tensor) -> dict[str, Tensor]:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    grads: Sequence[Tensor | None] = torch.autograd.grad((logps * weights).sum(), [p for _, p in named], allow_unused=True)
+    grads: Sequence[Tensor | None] = torch.autograd.grad(
+        (logps * weights).sum(), [p for _, p in named], allow_unused=True
+    )
     return {name: grad for (name, _), grad in zip(named, grads, strict=True) if grad is not None}
 
 

@@ -131,7 +131,9 @@ class Block(nn.Module):
 class PlainGPT(nn.Module):
     """Learned positions from ``arange``; returns a tensor of logits."""
 
-    def __init__(self, attention: type[nn.Module] = FusedAttention, mixer: type[nn.Module] | None = None, **options: Any):
+    def __init__(
+        self, attention: type[nn.Module] = FusedAttention, mixer: type[nn.Module] | None = None, **options: Any
+    ):
         super().__init__()
         width = 32
         self.words, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(POSITIONS, width)

@@ -31,5 +31,3 @@ def recognize_attention(graph: PackGraph) -> PassResult:
             graph.sites.append(match)
             result.matched.append(str(match))
     return result
-
-

@@ -157,7 +157,9 @@ def _weighted_sum(graph: PackGraph, softmax: fx.Node, where: Coordinates) -> fx.
         if is_op(user, "aten.matmul", "aten.bmm") and user.args[0] is node:
             return _checked_weights(graph, softmax, user, where)
         if not is_op(user, *_AFTER):
-            return NoMatch(Refusal.at(user, f"attention weights go through {op_name(user)} before they weigh the values"))
+            return NoMatch(
+                Refusal.at(user, f"attention weights go through {op_name(user)} before they weigh the values")
+            )
         if is_op(user, "aten.dropout"):
             from .sdpa import dropout_refusal
 

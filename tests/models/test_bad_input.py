@@ -16,7 +16,9 @@ def packed() -> ppcompile.PackedModel:
 
 def test_a_token_outside_the_vocabulary(packed: ppcompile.PackedModel) -> None:
     batch = ppcompile.pack([ppcompile.Group([1, 2], [[3, zoo.VOCABULARY]])])
-    with pytest.raises(ValueError, match=f"token id {zoo.VOCABULARY} is outside the model's vocabulary of {zoo.VOCABULARY}"):
+    with pytest.raises(
+        ValueError, match=f"token id {zoo.VOCABULARY} is outside the model's vocabulary of {zoo.VOCABULARY}"
+    ):
         packed(batch)
 
 

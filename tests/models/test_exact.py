@@ -111,7 +111,9 @@ def test_train_mode_is_captured_on_its_own() -> None:
     assert model.training
     assert packed.training
     batch = ppcompile.pack(groups_of_all_shapes(2))
-    assert (packed(batch).token_logps - torch.cat(eager_unpacked(model, groups_of_all_shapes(2)))).abs().max() <= FORWARD
+    assert (
+        packed(batch).token_logps - torch.cat(eager_unpacked(model, groups_of_all_shapes(2)))
+    ).abs().max() <= FORWARD
     packed.eval()
     assert not model.training
     assert len(packed._compiled) == 2
