@@ -35,13 +35,15 @@ class PackedOutput:
     lengths: Tensor
 
 
-def wrap(model: nn.Module, *, backend: str = "auto") -> PackedModel:
+def wrap(model: nn.Module, *, backend: str = "auto", compile: bool = False) -> PackedModel:  # noqa: A002 - torch's word
     """Make ``model`` take preference-packed batches.
 
     Args:
         model: maps token ids ``[1, L]`` to logits ``[1, L, V]`` (a tensor, ``.logits``, or the first of a tuple).
             Its parameters stay its own: training the result trains the model.
         backend: attention backend: ``"auto"`` (the best of the device), ``"cascade"``, ``"flex"``, ``"reference"``.
+        compile: run the packed graph through ``torch.compile``: one artifact for all lengths, made at the first
+            forward. Without it FlexAttention alone is compiled.
 
     Returns:
         A module that takes ``ppcompile.pack(...)`` and returns a :class:`PackedOutput`.
@@ -50,7 +52,7 @@ def wrap(model: nn.Module, *, backend: str = "auto") -> PackedModel:
         NotPackable: the model mixes tokens in a way that packing would change, or that cannot be proved safe;
             names the module, the operator and the source line.
     """
-    packed = PackedModel(model, backend=backend)
+    packed = PackedModel(model, backend=backend, compile=compile)
     packed.compiled()  # refuse now, not at the first step
     return packed
 
@@ -58,14 +60,14 @@ def wrap(model: nn.Module, *, backend: str = "auto") -> PackedModel:
 class PackedModel(nn.Module):
     """See :func:`wrap`."""
 
-    def __init__(self, model: nn.Module, *, backend: str = "auto") -> None:
+    def __init__(self, model: nn.Module, *, backend: str = "auto", compile: bool = False) -> None:  # noqa: A002
         super().__init__()
         own = self.__dict__
         own["_model"] = model
         for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             own[shared] = getattr(model, shared)
         own["training"] = model.training
-        self._backend = backend
+        self._backend, self._compile = backend, compile
         self._compiled: dict[Hashable, Compiled] = {}
 
     # ------------------------------------------------------------------ a second face of the model
@@ -99,6 +101,8 @@ class PackedModel(nn.Module):
         key = _fingerprint(self.unwrapped)
         if key not in self._compiled:
             self._compiled[key] = compile_model(self.unwrapped, backend=self._backend)
+            if self._compile:
+                self._compiled[key].run = torch.compile(self._compiled[key].run, dynamic=True, fullgraph=True)
         return self._compiled[key]
 
     def forward(self, batch: PackedBatch) -> PackedOutput:
@@ -109,7 +113,7 @@ class PackedModel(nn.Module):
         """
         compiled = self.compiled()
         _check_batch(batch, compiled, self.unwrapped)
-        (unique,) = compiled.graph.module(*self._inputs(compiled, batch))
+        (unique,) = compiled.run(*self._inputs(compiled, batch))
         token_logps = unique.index_select(0, batch.scored_index)
         sums = token_logps.new_zeros(batch.lengths.numel()).index_add(0, batch.response_index, token_logps)
         return PackedOutput(sums, token_logps, batch.lengths)

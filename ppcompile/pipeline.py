@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from .capture import capture
 from .passes.base import PackGraph, PassResult
@@ -79,10 +79,21 @@ class Stage:
 
 @dataclass
 class Compiled:
-    """A packed graph and how it came to be."""
+    """A packed graph and how it came to be.
+
+    Attributes:
+        graph: the graph after the last pass.
+        stages: one entry for the capture and each pass.
+        run: what executes the graph, on its inputs in order: the graph itself, or ``torch.compile`` of it.
+    """
 
     graph: PackGraph
     stages: list[Stage] = field(default_factory=list)
+    run: Callable[..., tuple[Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Run the graph as it is until somebody compiles it."""
+        self.run = self.graph.module
 
     @property
     def seconds(self) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .program import ALWAYS, PLAIN
 
-__all__ = ["ATTENTION_BACKENDS", "Score", "attention_backend", "prefix_attention", "token_logps"]
+__all__ = ["ATTENTION_BACKENDS", "Score", "attention_backend", "block_lists_op", "prefix_attention", "token_logps"]
 
 ATTENTION_BACKENDS = ("reference", "cascade", "flex")
 """Names accepted as ``backend``; each is a module of ``runtime/attention``."""
@@ -78,6 +78,13 @@ def attention_backend(name: str) -> ModuleType:
     if name not in ATTENTION_BACKENDS:
         raise ValueError(f"unknown attention backend {name!r}; accepted: {', '.join(ATTENTION_BACKENDS)}")
     return importlib.import_module(f"{__package__}.attention.{name}")
+
+
+def block_lists_op() -> torch._ops.OpOverload:
+    """``ppcompile::block_lists``, which FlexAttention's sites read; see ``runtime/layout.py``."""
+    from . import layout
+
+    return layout.block_lists_op._opoverload
 
 
 # --------------------------------------------------------------------------- prefix_attention
