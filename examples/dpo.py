@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import transformers
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -45,6 +46,13 @@ class Packing(str, Enum):
     on = "on"
     off = "off"
     both = "both"
+
+
+class Dtype(str, Enum):
+    """Of the weights, and so of the whole computation."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -219,18 +227,16 @@ def own_task(
     reading: dict[str, Any],
 ) -> tuple[nn.Module, Groups]:
     """A Hugging Face model, and the records of ``data`` that hold a preference."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     preferences = read_preferences(data, **reading)
     console.print(f"{data}: {preferences.summary()}")
-    text = AutoTokenizer.from_pretrained(tokenizer)
+    text = transformers.AutoTokenizer.from_pretrained(tokenizer)
     groups = [tokenize(record, text, **limits) for record in preferences if record.pairs]
     if not groups:
         raise typer.BadParameter(
             f"{data} holds no preference: give scores, or --unscored best-first if its responses stand best first",
             param_hint="--data",
         )
-    return AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device), groups
+    return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device), groups
 
 
 def hold_out(groups: Groups, share: float) -> tuple[Groups, Groups]:
@@ -250,7 +256,9 @@ def run_both(out: Path, arguments: Sequence[str]) -> None:
     for folder, packing in zip(folders.values(), ("on", "off"), strict=True):
         # The last of a repeated option counts.
         command = [sys.executable, __file__, *arguments, "--packing", packing, "--out", str(folder)]
-        subprocess.run(command, check=True)
+        done = subprocess.run(command, check=False)
+        if done.returncode:
+            raise typer.Exit(done.returncode)  # the run itself has said why
     plot(folders, out / "curves.png")
     difference = compare(folders["packed"], folders["unpacked"], console)
     console.print(f"largest difference between the losses of a step: {difference:.1e}")
@@ -268,7 +276,7 @@ def main(
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Longer prompts lose their beginning.")] = None,
     max_response_tokens: Annotated[int | None, typer.Option(help="Longer responses lose their end.")] = None,
     device: Annotated[str | None, typer.Option(help="For --model; default: cuda if there, else cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="For --model; default float32.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of --model; default float32.")] = None,
     packing: Annotated[Packing | None, typer.Option(help="Default: both; with --model, on.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default: one pass over the data.")] = None,
     groups_per_step: Annotated[int | None, typer.Option(min=1, help="Groups of an optimizer step.")] = None,
@@ -319,7 +327,9 @@ def main(
     if model is not None and data is not None:
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         chosen = {name: value for name, value in reading.items() if value is not None}
-        network, groups = own_task(model, tokenizer or model, data, where, dtype or "float32", limits, chosen)
+        network, groups = own_task(
+            model, tokenizer or model, data, where, (dtype or Dtype.float32).value, limits, chosen
+        )
     else:
         network, groups = embedded_task(settings)
     groups, evaluated = hold_out(groups, settings.held_out)
@@ -328,6 +338,7 @@ def main(
         network, groups, evaluated, settings, packing=packing, out=out, checkpoint_every=checkpoint_every, resume=resume
     )
     plot({f"packing {packing.value}": out}, out / "curves.png")
+    transformers.utils.logging.disable_progress_bar()
     network.save_pretrained(out / "model")
     console.print(f"metrics, plot and model: {out}")
 

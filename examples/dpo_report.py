@@ -69,14 +69,14 @@ def plot(runs: dict[str, Path], target: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(PLOTTED), figsize=(12, 3.4), layout="constrained")
-    for style, (name, folder) in zip(("-", "--"), runs.items(), strict=False):
+    for color, style, (name, folder) in zip(("C0", "C1"), ("-", "--"), runs.items(), strict=False):
         rows = Metrics.read(folder / "metrics.jsonl")
         for axis, (key, title) in zip(axes, PLOTTED, strict=True):
-            axis.plot([row["step"] for row in rows], [row[key] for row in rows], style, label=name)
+            axis.plot([row["step"] for row in rows], [row[key] for row in rows], style, color=color, label=name)
             axis.set(title=title, xlabel="optimizer step")
         held_out = [(row["step"], row["eval_accuracy"]) for row in rows if "eval_accuracy" in row]
         if held_out:
-            axes[1].plot(*zip(*held_out, strict=True), "o", label=f"{name}, held out")
+            axes[1].plot(*zip(*held_out, strict=True), "o", color=color, label=f"{name}, held out")
     axes[0].legend()
     axes[1].legend()
     figure.savefig(target, dpi=120)
@@ -100,7 +100,7 @@ def _curves(packed: list[dict[str, Any]], unpacked: list[dict[str, Any]]) -> Tab
     )
     shown = max(1, len(packed) // 10)
     for a, b in zip(packed, unpacked, strict=True):
-        if a["step"] % shown == 0 or a is packed[-1]:
+        if a["step"] == 0 or (a["step"] + 1) % shown == 0:
             accuracy = f"{a['eval_accuracy']:.3f}" if "eval_accuracy" in a else ""
             difference = f"{abs(a['loss'] - b['loss']):.1e}"
             table.add_row(str(a["step"]), f"{a['loss']:.6f}", f"{b['loss']:.6f}", difference, accuracy)
