@@ -12,6 +12,8 @@ from rich.syntax import Syntax
 if TYPE_CHECKING:
     from torch import nn
 
+    from .pipeline import Compiled
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(
@@ -49,13 +51,15 @@ def inspect(
     except NotPackable as refused:
         console.print(report.refusal_panel(refused.refusal))
         raise typer.Exit(1) from None
+    except ValueError as wrong:  # a backend that is unknown, or cannot run this model
+        raise typer.BadParameter(str(wrong), param_hint="--backend") from None
     console.print(report.passes_table(compiled))
     console.print(report.sites_table(compiled.graph.sites))
     console.print(report.summary(compiled))
     if dump is not None:
         console.print(f"{len(report.dump(compiled, dump))} stages in {dump}")
     if diff is not None:
-        console.print(Syntax(report.stage_diff(compiled, *diff), "diff"))
+        console.print(Syntax(_stage_diff(compiled, *diff), "diff"))
     if mask is not None:
         _draw_example(mask, console)
 
@@ -136,6 +140,15 @@ def _decoder_types() -> set[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def _stage_diff(compiled: Compiled, before: str, after: str) -> str:
+    from . import report
+
+    try:
+        return report.stage_diff(compiled, before, after)
+    except ValueError as wrong:
+        raise typer.BadParameter(str(wrong), param_hint="--diff") from None
 
 
 def _draw_example(path: Path, console: Console) -> None:

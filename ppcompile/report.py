@@ -35,15 +35,25 @@ def passes_table(compiled: Compiled) -> Table:
         ops = (
             f"{stage.ops_after}" if stage.ops_before == stage.ops_after else f"{stage.ops_before} -> {stage.ops_after}"
         )
-        matched = stage.result.matched
-        shown = "" if not matched else matched[0] if len(matched) == 1 else f"{len(matched)}, first: {matched[0]}"
-        table.add_row(stage.name, f"{stage.seconds:.2f}", ops, str(stage.result.changed or ""), Text(shown))
+        table.add_row(
+            stage.name, f"{stage.seconds:.2f}", ops, str(stage.result.changed or ""), Text(_brief(stage.result.matched))
+        )
     return table
+
+
+def _brief(matched: Sequence[str], width: int = 60) -> str:
+    """One line for what a pass matched; the sites have a table of their own."""
+    if not matched:
+        return ""
+    first = matched[0] if len(matched[0]) <= width else matched[0][: width - 3] + "..."
+    return first if len(matched) == 1 else f"{len(matched)}, first: {first}"
 
 
 def sites_table(sites: Sequence[Site]) -> Table:
     """One row for each run of layers with the same attention."""
-    table = Table("sites", "heads", "mask", "score", "backend", "why", title="attention sites")
+    table = Table(title="attention sites")
+    for column in ("sites", "heads", "mask", "score", "backend", "why"):
+        table.add_column(column, overflow="fold")  # never cut: module paths are what people look for
     for run in _runs(sites):
         first = run[0]
         heads = f"{first.heads}" if first.key_heads == first.heads else f"{first.heads} q, {first.key_heads} kv"
@@ -110,8 +120,8 @@ def stage_diff(compiled: Compiled, before: str, after: str) -> str:
     for name in (before, after):
         if name not in stages:
             raise ValueError(f"unknown stage {name!r}; accepted: {', '.join(stages)}")
-    texts = [_code(stages[name]).splitlines() for name in (before, after)]
-    return "\n".join(difflib.unified_diff(*texts, before, after, lineterm="", n=1))
+    old, new = (_code(stages[name]).splitlines() for name in (before, after))
+    return "\n".join(difflib.unified_diff(old, new, before, after, lineterm="", n=1))
 
 
 def _code(stage: Stage) -> str:
