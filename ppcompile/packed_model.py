@@ -105,14 +105,16 @@ class PackedModel(nn.Module):
                 self._compiled[key].run = torch.compile(self._compiled[key].run, dynamic=True, fullgraph=True)
         return self._compiled[key]
 
-    def forward(self, batch: PackedBatch) -> PackedOutput:
+    def forward(self, batch: PackedBatch | None = None, **padded: Any) -> PackedOutput:
         """Log-probabilities of the batch's responses.
 
         Raises:
-            TypeError, ValueError: not a batch of this model: wrong type, device, token ids, or positions.
+            TypeError, ValueError: not a batch of this model: padded rows, wrong type, device, token ids, or positions.
         """
+        if padded or not isinstance(batch, PackedBatch):
+            raise TypeError(_not_a_pack(batch, padded))
         compiled = self.compiled()
-        _check_batch(batch, compiled, self.unwrapped)
+        _check_batch(batch, compiled)
         (unique,) = compiled.run(*self._inputs(compiled, batch))
         token_logps = unique.index_select(0, batch.scored_index)
         sums = token_logps.new_zeros(batch.lengths.numel()).index_add(0, batch.response_index, token_logps)
@@ -139,19 +141,33 @@ def _state(model: nn.Module, name: str) -> Tensor:
 
 def _fingerprint(model: nn.Module) -> Hashable:
     """All that a captured graph depends on besides the weights' values."""
-    modes = tuple(
-        (m.training, getattr(m, "disable_adapters", None), str(getattr(m, "active_adapters", "")))
-        for m in model.modules()
-    )
+    modes = tuple((module.training, _adapters(module)) for module in model.modules())
     state = tuple((name, t.dtype, t.device) for name, t in (*model.named_parameters(), *model.named_buffers()))
     return modes, state, getattr(getattr(model, "config", None), "_attn_implementation", None)
 
 
-def _check_batch(batch: PackedBatch, compiled: Compiled, model: nn.Module) -> None:
-    if not isinstance(batch, PackedBatch):
-        raise TypeError(
-            f"a packed model takes a PackedBatch, got {type(batch).__name__}; make one with ppcompile.pack(groups)"
-        )
+def _adapters(module: nn.Module) -> Hashable:
+    """Which peft adapters a layer applies: switching them off gives another graph."""
+    active = getattr(module, "active_adapters", None)
+    names = tuple(active) if isinstance(active, (list, tuple)) else None  # a method on transformers models
+    return getattr(module, "disable_adapters", None) is True, names
+
+
+def _not_a_pack(batch: Any, padded: dict[str, Any]) -> str:
+    what = type(batch).__name__ if batch is not None else "no batch"
+    if padded:
+        what = f"the keywords {', '.join(padded)}"
+        mask = padded.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all():
+            side = "left" if not mask[:, 0].all() else "right"
+            what += f" (rows of {mask.shape[1]} padded on the {side})"
+    return (
+        f"a packed model takes a PackedBatch, got {what}. Strip the padding and make a pack of prompts and responses: "
+        "packed(ppcompile.pack([ppcompile.Group(prompt=ids, responses=[ids, ids])]))"
+    )
+
+
+def _check_batch(batch: PackedBatch, compiled: Compiled) -> None:
     graph = compiled.graph
     device = graph.layout("input_ids").meta["val"].device
     if batch.device != device:

@@ -36,8 +36,24 @@ def test_a_row_longer_than_the_position_table_is_fine(packed: ppcompile.PackedMo
 
 
 def test_not_a_batch(packed: ppcompile.PackedModel) -> None:
-    with pytest.raises(TypeError, match=r"takes a PackedBatch, got Tensor; make one with ppcompile\.pack"):
+    with pytest.raises(TypeError, match=r"takes a PackedBatch, got Tensor\. .*ppcompile\.pack"):
         packed(torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_a_left_padded_batch(packed: ppcompile.PackedModel) -> None:
+    ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 4]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    with pytest.raises(TypeError, match="input_ids, attention_mask .rows of 4 padded on the left"):
+        packed(input_ids=ids, attention_mask=mask)
+
+
+def test_the_wrong_mode_is_refused_when_it_matters() -> None:
+    model = zoo._transformers("gpt2", attn_pdrop=0.1)()
+    packed = ppcompile.wrap(model)  # in eval mode
+    batch = ppcompile.pack([ppcompile.Group([1, 2], [[3]])])
+    assert packed(batch).logps.isfinite().all()
+    packed.train()
+    with pytest.raises(ppcompile.NotPackable, match="dropout in attention while training"):
+        packed(batch)
 
 
 def test_a_batch_on_another_device(packed: ppcompile.PackedModel) -> None:
