@@ -307,6 +307,7 @@ def main(
         preset, **{name: value for name, value in locals().items() if name in names and value is not None}
     )
     out.mkdir(parents=True, exist_ok=True)
+    transformers.utils.logging.disable_progress_bar()  # one bar is enough
 
     reading = {"split": split, "limit": limit, "on_bad": on_bad, "unscored": unscored}
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_response_tokens": max_response_tokens}
@@ -338,7 +339,6 @@ def main(
         network, groups, evaluated, settings, packing=packing, out=out, checkpoint_every=checkpoint_every, resume=resume
     )
     plot({f"packing {packing.value}": out}, out / "curves.png")
-    transformers.utils.logging.disable_progress_bar()
     network.save_pretrained(out / "model")
     console.print(f"metrics, plot and model: {out}")
 
