@@ -85,10 +85,12 @@ def by_length(batches: Sequence[Batch]) -> list[Batch]:
 
 
 def longest(group: Group) -> int:
+    """Tokens of the group's longest sequence."""
     return len(group.prompt) + max(len(response) for response in group.responses)
 
 
 def count_tokens(batches: Sequence[Batch]) -> Tokens:
+    """What each layout computes for these batches."""
     groups = [group for batch in batches for group in batch]
     return Tokens(
         padded=_padded(batches),

@@ -13,14 +13,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .packed_model import PackedModel as PackedModel
+    from .packed_model import PackedOutput as PackedOutput
+    from .packed_model import wrap as wrap
     from .passes.base import NotPackable as NotPackable
     from .runtime.batch import Group as Group
     from .runtime.batch import PackedBatch as PackedBatch
     from .runtime.batch import pack as pack
     from .verification import verify as verify
-    from .packed_model import PackedModel as PackedModel
-    from .packed_model import PackedOutput as PackedOutput
-    from .packed_model import wrap as wrap
 
 _HOMES = {
     "Group": "runtime.batch",

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from .passes.base import LAYOUT_INPUTS, NotPackable, PackGraph, Refusal
+from .passes.base import NotPackable, PackGraph, Refusal
 
 __all__ = ["capture", "logits_of"]
 
@@ -114,7 +114,10 @@ def _refuse_state_changes(exported: ExportedProgram) -> None:
 
 
 def _lift(exported: ExportedProgram, model: nn.Module) -> PackGraph:
-    state, constants, values, parameters = {}, {}, {}, set()
+    state: dict[str, str] = {}
+    constants: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    parameters: set[str] = set()
     for spec in exported.graph_signature.input_specs:
         name = spec.arg.name
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):

@@ -79,6 +79,7 @@ class PackedModel(nn.Module):
         return model
 
     def train(self, mode: bool = True) -> PackedModel:
+        """Set the mode of the user's model too; each mode has a graph of its own."""
         self.unwrapped.train(mode)
         self.__dict__["training"] = mode
         return self
@@ -92,6 +93,7 @@ class PackedModel(nn.Module):
             return getattr(self.unwrapped, name)
 
     def extra_repr(self) -> str:
+        """Whose second face this is."""
         return f"packed {type(self.unwrapped).__name__}, backend={self._backend}"
 
     # ------------------------------------------------------------------ graphs
@@ -183,6 +185,6 @@ def _check_batch(batch: PackedBatch, compiled: Compiled) -> None:
         )
     if torch.is_autocast_enabled(device.type):
         raise ValueError(
-            "packed under torch.autocast: the graph keeps the model's own dtypes, so autocast regions the model switches off "
+            "packed under torch.autocast: the graph keeps the model's own dtypes, so regions where the model switches it off "
             "would be lost; use model.to(torch.bfloat16), or run outside autocast"
         )

@@ -97,6 +97,7 @@ class Compiled:
 
     @property
     def seconds(self) -> float:
+        """Wall time of capture and passes."""
         return sum(stage.seconds for stage in self.stages)
 
 

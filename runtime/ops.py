@@ -257,4 +257,3 @@ def _token_logps_backward(ctx, grad, _grad_lse):  # type: ignore[no-untyped-def]
 
 
 token_logps.register_autograd(_token_logps_backward, setup_context=_setup_token_logps)
-

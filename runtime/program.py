@@ -34,7 +34,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ALWAYS", "DTYPES", "OPS", "PLAIN", "VARIABLES", "Program", "compile_program", "evaluate_program", "num_captures"]
+__all__ = [
+    "ALWAYS",
+    "DTYPES",
+    "OPS",
+    "PLAIN",
+    "VARIABLES",
+    "Program",
+    "compile_program",
+    "evaluate_program",
+    "num_captures",
+]
 
 PLAIN = "s"
 """The score program that changes nothing: ``softmax(scale * q . k)``."""
@@ -109,8 +119,7 @@ def _gelu(a: Any, approximate: str = "none") -> Any:
 
 
 DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name)
-    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "bool")
+    name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "bool")
 }
 
 OPS: dict[str, Callable[..., Any]] = {

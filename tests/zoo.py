@@ -1,6 +1,6 @@
 """Models for tests: tiny, random, with weights large enough that a masking mistake shows.
 
-``EXACT`` are the models that must be exact, ``REFUSED`` those that must be refused, each by a builder without arguments.
+``EXACT`` are the models that must be exact, ``REFUSED`` those that must be refused; each has a builder.
 """
 
 from __future__ import annotations
@@ -229,7 +229,8 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "opt": _transformers("opt", ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
     "bloom": _transformers("bloom", hidden_dropout=0.0, attention_dropout=0.0),
     "gpt_oss": _transformers(
-        "gpt_oss", layer_types=_MIXED, num_hidden_layers=4, sliding_window=8, num_local_experts=6, num_experts_per_tok=2,
+        "gpt_oss", layer_types=_MIXED, num_hidden_layers=4, sliding_window=8,
+        num_local_experts=6, num_experts_per_tok=2,
     ),
     "cohere2": _transformers("cohere2", layer_types=_MIXED, num_hidden_layers=4, sliding_window=8),
     "phi3": _transformers("phi3"),

@@ -64,6 +64,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, h
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, how: Score) -> tuple[Tensor, Tensor]:
+    """See :func:`runtime.ops.prefix_attention`, whose definition this is."""
     return dense_attention(query, key, value, layout, how)
 
 
@@ -78,13 +79,11 @@ def backward(
         captures = list(how.captures)
         for n, capture in zip(floating, rest[len(sinks) :], strict=True):
             captures[n] = capture
-        varied = Score(
-            how.scale, how.program, how.visible, how.window, tuple(captures), rest[0] if sinks else None
-        )
+        varied = Score(how.scale, how.program, how.visible, how.window, tuple(captures), rest[0] if sinks else None)
         return dense_attention(query, key, value, layout, varied)[0]
 
     # torch.func, not torch.autograd: inside an op the autograd dispatch keys are switched off.
-    _, vjp = torch.func.vjp(run, query, key, value, *sinks, *(how.captures[n] for n in floating))
+    _, vjp, *_ = torch.func.vjp(run, query, key, value, *sinks, *(how.captures[n] for n in floating))
     dquery, dkey, dvalue, *rest = vjp(grad_out)
     empty = query.new_empty(0)
     dsinks = rest.pop(0) if sinks else empty

@@ -63,7 +63,7 @@ def test_block_lists_are_made_once_per_window() -> None:
 
 
 def test_flex_says_why_it_cannot_run_sinks_on_the_cpu() -> None:
-    with pytest.raises(ValueError, match="backend 'flex' cannot run this model: .*sinks"):
+    with pytest.raises(ValueError, match=r"backend 'flex' cannot run this model: .*sinks"):
         ppcompile.wrap(zoo.EXACT["gpt_oss"](), backend="flex")
 
 

@@ -42,7 +42,7 @@ def test_not_a_batch(packed: ppcompile.PackedModel) -> None:
 
 def test_a_left_padded_batch(packed: ppcompile.PackedModel) -> None:
     ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 4]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    with pytest.raises(TypeError, match="input_ids, attention_mask .rows of 4 padded on the left"):
+    with pytest.raises(TypeError, match=r"input_ids, attention_mask .rows of 4 padded on the left"):
         packed(input_ids=ids, attention_mask=mask)
 
 
@@ -74,7 +74,7 @@ def test_unknown_option() -> None:
 
 def test_autocast_is_refused_not_ignored(packed: ppcompile.PackedModel) -> None:
     batch = ppcompile.pack([ppcompile.Group([1], [[2]])])
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="packed under torch.autocast"):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"packed under torch\.autocast"):
         packed(batch)
 
 

@@ -53,7 +53,7 @@ def test_2_the_prompt_predicts_the_first_token_of_every_response() -> None:
 
 def test_3_a_shared_token_counts_for_each_response() -> None:
     model = zoo.EXACT["llama"]()
-    responses = [CHOSEN + [8, 2], CHOSEN + [9], CHOSEN, CHOSEN]
+    responses = [[*CHOSEN, 8, 2], [*CHOSEN, 9], CHOSEN, CHOSEN]
     batch = ppcompile.pack([ppcompile.Group(PROMPT, responses)], share="tree")
     assert batch.num_tokens == len(PROMPT) + len(CHOSEN) + 3
     tokens = assert_exact(model, batch)
