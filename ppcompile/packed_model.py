@@ -185,6 +185,6 @@ def _check_batch(batch: PackedBatch, compiled: Compiled) -> None:
         )
     if torch.is_autocast_enabled(device.type):
         raise ValueError(
-            "packed under torch.autocast: the graph keeps the model's own dtypes, so regions where the model switches it off "
-            "would be lost; use model.to(torch.bfloat16), or run outside autocast"
+            "packed under torch.autocast: the graph keeps the model's own dtypes, so regions where the model switches "
+            "autocast off would be lost; use model.to(torch.bfloat16), or run outside autocast"
         )

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from ppcompile.runtime.attention import flex, reference
 from ppcompile.runtime.forest import forest_from_groups, forest_from_sequences
 from ppcompile.runtime.layout import block_lists
 from ppcompile.runtime.ops import Layout, Score
-from torch import Tensor
 
 pytestmark = [
     pytest.mark.cuda,

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from ppcompile.runtime.ops import Layout
 
 Tree = tuple[int, Sequence[Any]]

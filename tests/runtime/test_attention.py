@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from ppcompile.runtime import ops
 from ppcompile.runtime.attention import cascade, reference
 from ppcompile.runtime.ops import Layout, Score
 from ppcompile.runtime.tiles import Grain
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 HEADS = 4
 SCALE = 0.35  # with the inputs below, scores spread over tens: attention is far from uniform

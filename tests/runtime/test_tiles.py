@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from ppcompile.runtime.ops import Layout
 from ppcompile.runtime.tiles import Grain, Kind, Plan, plan_tiles
-from torch import Tensor
 
 GRAINS = {
     "fine": Grain(rows=4, query_limit=5, key_limit=3, fuse=3, whole=False),

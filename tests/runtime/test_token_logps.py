@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from ppcompile.runtime import ops
 from ppcompile.runtime.epilogues import token_logps as epilogue
 from ppcompile.runtime.program import evaluate_program
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 ROWS, HIDDEN, VOCABULARY = 37, 24, 101
 
