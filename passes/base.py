@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -24,11 +24,20 @@ __all__ = [
     "PackGraph",
     "PassResult",
     "Refusal",
+    "argument",
+    "axis_argument",
     "input_nodes",
+    "is_mutable",
     "is_op",
+    "is_size",
+    "is_tensor",
+    "may_alias",
     "module_path",
+    "op_family",
     "op_name",
+    "operands",
     "output_node",
+    "run_node",
     "shape_of",
     "source_line",
 ]
@@ -57,6 +66,7 @@ class Refusal:
 
     @classmethod
     def at(cls, node: fx.Node, reason: str, hint: str = "") -> Refusal:
+        """A refusal that points at ``node``."""
         return cls(reason, module_path(node), op_name(node), source_line(node), hint)
 
     def __str__(self) -> str:
@@ -123,6 +133,7 @@ class PackGraph:
 
     @property
     def graph(self) -> fx.Graph:
+        """The graph of :attr:`module`."""
         return self.module.graph
 
     def layout(self, name: str) -> fx.Node:
@@ -134,8 +145,8 @@ class PackGraph:
         return isinstance(size, torch.SymInt) and size.node.expr == self.length
 
     def mentions_length(self, size: Any) -> bool:
-        """True if ``size`` is T or an expression of T, such as ``4*T`` or ``T + 1``."""
-        return isinstance(size, torch.SymInt) and self.length in size.node.expr.free_symbols
+        """True if ``size`` is T or an expression of T, such as ``4*T``, ``T + 1`` or ``sqrt(T)``."""
+        return isinstance(size, _SYMBOLIC) and self.length in size.node.expr.free_symbols
 
     def token_axes(self, node: fx.Node) -> tuple[int, ...]:
         """Axes of ``node``'s tensor that hold tokens: all of them (T) or the scored ones (U)."""
@@ -146,9 +157,11 @@ class PackGraph:
         return isinstance(size, torch.SymInt) and size.node.expr == self.scored
 
     def limit_positions(self, count: int) -> None:
+        """Positions from ``count`` on are known not to work, or not known to."""
         self.max_positions = count if self.max_positions is None else min(self.max_positions, count)
 
     def op_counts(self) -> Counter[str]:
+        """How often each op is called."""
         return Counter(op_name(node) for node in self.graph.nodes if node.op == "call_function")
 
     def readable(self) -> str:
@@ -172,42 +185,134 @@ class PackGraph:
         fake = self.layout("input_ids").meta["val"].fake_mode
         # Without the python dispatcher some decompositions read sizes as plain ints, which would fix T.
         with fake, enable_python_dispatcher(), torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return _function(node)(*args, **kwargs)
 
     def item(self, node: fx.Node, index: int) -> fx.Node:
+        """Output ``index`` of a multi-output node."""
         return self.call(operator.getitem, (node, index), like=node)
 
     def finish(self) -> None:
         """Drop what is dead and check the graph's well-formedness; every pass ends with it."""
         self.graph.eliminate_dead_code(_is_impure)
-        shapes = self.layout("input_ids").meta["val"].fake_mode.shape_env
-        assert self.length not in shapes.replacements, (
-            f"a pass fixed the row's length to {shapes.replacements[self.length]}"
-        )
+        fixed = self.layout("input_ids").meta["val"].fake_mode.shape_env.replacements
+        assert self.length not in fixed, f"a pass fixed the row's length to {fixed[self.length]}"
         self.graph.lint()
         self.module.recompile()
 
 
 def _is_impure(node: fx.Node) -> bool:
-    if node.op in ("placeholder", "output"):
-        return True
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+    return node.op in ("placeholder", "output") or is_mutable(node)
 
 
 def input_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The placeholders of a graph."""
     return (node for node in graph.nodes if node.op == "placeholder")
 
 
 def output_node(graph: fx.Graph) -> fx.Node:
     """The single node a captured graph returns."""
-    (result,) = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+    returned: Any = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+    (result,) = returned
     return result
 
 
+# --------------------------------------------------------------------------- reading a node
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_REQUIRED: Any = object()
+
+
+def is_tensor(node: Any) -> bool:
+    """True if ``node`` is a node whose value is one tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """Sizes of ``node``'s tensor, ``()`` for what is not a tensor."""
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def is_size(node: fx.Node) -> bool:
+    """True if ``node`` is a number rather than a tensor."""
+    return isinstance(node.meta.get("val"), (int, float, bool, *_SYMBOLIC))
+
+
+def is_mutable(node: fx.Node) -> bool:
+    """True if ``node``'s op overwrites one of its inputs."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+_MAYBE_VIEWS = (
+    "reshape", "contiguous", "to", "type_as", "flatten", "dropout", "feature_dropout", "alpha_dropout", "einsum",
+    "meshgrid", "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d", "cartesian_prod", "unsafe_chunk",
+    "unsafe_split", "getitem",
+)  # fmt: skip
+"""Ops that return (a view of) their input or a copy, which their schemas do not say."""
+
+
+def may_alias(node: fx.Node) -> bool:
+    """True if what ``node`` returns may share memory with an input."""
+    if op_family(node) in _MAYBE_VIEWS:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(result.alias_info is not None for result in schema.returns)
+
+
+def operands(node: fx.Node) -> tuple[Any, ...]:
+    """All arguments of ``node``'s op in the order of its schema, however they were given, defaults included."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.args
+    return tuple(_argument_at(node, place, declared) for place, declared in enumerate(_declared(node)))
+
+
+def argument(node: fx.Node, name: str, missing: Any = _REQUIRED) -> Any:
+    """The argument that the schema of ``node``'s op calls ``name``: positional, by keyword, or the schema's default.
+
+    Args:
+        node: a call of an operator.
+        name: as in the schema, ``dim`` for example.
+        missing: what to return where the schema has no such argument.
+
+    Raises:
+        KeyError: the schema has no such argument, and ``missing`` was not given.
+    """
+    for place, declared in enumerate(_declared(node)):
+        if declared.name == name:
+            return _argument_at(node, place, declared)
+    if missing is _REQUIRED:
+        raise KeyError(f"{op_name(node)} has no argument {name!r}")
+    return missing
+
+
+def axis_argument(node: fx.Node, rank: int, name: str = "dim") -> int:
+    """The argument ``name`` as an axis of a tensor of ``rank`` axes, counted from the front."""
+    return int(argument(node, name)) % rank
+
+
+def _declared(node: fx.Node) -> Sequence[Any]:
+    schema = getattr(node.target, "_schema", None)
+    return schema.arguments if schema is not None else ()
+
+
+def _argument_at(node: fx.Node, place: int, declared: Any) -> Any:
+    if place < len(node.args) and not declared.kwarg_only:
+        return node.args[place]
+    return node.kwargs.get(declared.name, declared.default_value)
+
+
+def _function(node: fx.Node) -> Callable[..., Any]:
+    assert callable(node.target), f"{node.format_node()} is not a call"
+    return node.target
+
+
+def run_node(node: fx.Node, values: Mapping[fx.Node, Any], **overrides: Any) -> Any:
+    """Call ``node``'s op on real ``values``; ``overrides`` replace keywords that it was given."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+    kwargs = {name: overrides.get(name, value) for name, value in kwargs.items()}
+    with torch.no_grad():
+        return _function(node)(*args, **kwargs)
 
 
 def is_op(node: Any, *names: str) -> bool:
@@ -222,6 +327,11 @@ def op_name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target)
     return getattr(node.target, "__name__", str(node.target))
+
+
+def op_family(node: fx.Node) -> str:
+    """``softmax`` for ``aten.softmax.int``, ``prefix_attention`` for ours: the name that rules are filed under."""
+    return op_name(node).removeprefix("aten.").removeprefix("ppcompile.").partition(".")[0]
 
 
 def module_path(node: fx.Node) -> str:
@@ -243,7 +353,3 @@ def source_line(node: fx.Node) -> str:
     path, _, rest = where.removeprefix('File "').partition('", line ')
     code = frames[own[-1] + 1] if own[-1] + 1 < len(frames) and own[-1] + 1 not in files else ""
     return f"{path}:{rest.split(',')[0]}" + (f", {code}" if code else "")
-
-
-def nodes_with_val(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
-    return (node for node in nodes if isinstance(node.meta.get("val"), torch.Tensor))

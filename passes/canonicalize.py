@@ -12,11 +12,23 @@ from typing import Any
 import torch
 from torch import fx
 
-from .base import NotPackable, PackGraph, PassResult, Refusal, is_op, op_name, shape_of
+from .base import (
+    NotPackable,
+    PackGraph,
+    PassResult,
+    Refusal,
+    argument,
+    is_op,
+    is_tensor,
+    may_alias,
+    op_family,
+    op_name,
+    operands,
+    shape_of,
+)
 
 __all__ = ["canonicalize"]
 
-_END = 2**63 - 1
 _FUNCTIONAL = {
     "aten.add_.Tensor": torch.ops.aten.add.Tensor,
     "aten.add_.Scalar": torch.ops.aten.add.Scalar,
@@ -35,11 +47,17 @@ _FUNCTIONAL = {
     "aten.tril_.default": torch.ops.aten.tril.default,
     "aten.clamp_.default": torch.ops.aten.clamp.default,
     "aten.dropout_.default": torch.ops.aten.dropout.default,
+    "aten.fill_.Scalar": torch.ops.aten.fill.Scalar,
 }
 _ASSERTIONS = ("aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_constrain_range")
 
 
 def canonicalize(graph: PackGraph) -> PassResult:
+    """Flatten the graph.
+
+    Raises:
+        NotPackable: a region whose meaning a flat graph cannot keep.
+    """
     result = PassResult("canonicalize")
     _inline_regions(graph, result)
     for node in list(graph.graph.nodes):
@@ -48,7 +66,7 @@ def canonicalize(graph: PackGraph) -> PassResult:
             result.changed += 1
     _make_functional(graph, result)
     for node in list(graph.graph.nodes):
-        source = _does_nothing(graph, node)
+        source = _does_nothing(node)
         if source is not None:
             node.replace_all_uses_with(source)
             graph.graph.erase_node(node)
@@ -83,37 +101,51 @@ def _is_region(node: fx.Node) -> bool:
 
 
 def _inline(graph: PackGraph, region: fx.Node) -> None:
-    without_grad = op_name(region) == "wrap_with_set_grad_enabled" and region.args[0] is False
-    if op_name(region) == "wrap_with_autocast" and region.args[2] is not False:
-        reason = "a forced autocast region: its casts would be lost in the packed graph"
-        raise NotPackable(Refusal.at(region, reason, "run the whole model under one precision"))
-    body_at = next(n for n, arg in enumerate(region.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
-    body_node: Any = region.args[body_at]
+    _refuse_forced_autocast(region)
+    given = operands(region)
+    body_at = next(n for n, arg in enumerate(given) if isinstance(arg, fx.Node) and arg.op == "get_attr")
+    body_node = given[body_at]
     body = getattr(graph.module, str(body_node.target))
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-    env = dict(zip(placeholders, region.args[body_at + 1 :], strict=True))
+    env = dict(zip(placeholders, given[body_at + 1 :], strict=True))
     with graph.graph.inserting_before(region):
-        outputs = _copy_body(graph, body, env, without_grad)
+        outputs = _copy_body(graph, body, env, _without_grad(region))
     for user in list(region.users):
-        user.replace_all_uses_with(outputs[user.args[1]])
+        _, place = operands(user)
+        user.replace_all_uses_with(outputs[place])
         graph.graph.erase_node(user)
     graph.graph.erase_node(region)
     if not body_node.users:
         graph.graph.erase_node(body_node)
 
 
+def _refuse_forced_autocast(region: fx.Node) -> None:
+    if op_name(region) != "wrap_with_autocast":
+        return
+    _, _, enabled, *_ = operands(region)
+    if enabled is not False:
+        reason = "a forced autocast region: its casts would be lost in the packed graph"
+        raise NotPackable(Refusal.at(region, reason, "run the whole model under one precision"))
+
+
+def _without_grad(region: fx.Node) -> bool:
+    return op_name(region) == "wrap_with_set_grad_enabled" and operands(region)[0] is False
+
+
 def _copy_body(graph: PackGraph, body: fx.GraphModule, env: dict[Any, Any], without_grad: bool) -> list[Any]:
+    """Copy a region's nodes to the insertion point; what it returns, detached if it runs without gradients."""
     for node in body.graph.nodes:
-        if node.op == "placeholder":
+        if node.op in ("placeholder", "output"):
             continue
-        if node.op == "output":
-            returned = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
-            outputs = [env[value] for value in returned]
-            return [_detached(graph, value) for value in outputs] if without_grad else outputs
         if node.op == "get_attr":
             _adopt_submodule(graph, body, node)
+        if without_grad and _is_region(node) and not _without_grad(node) and "grad" in op_name(node):
+            raise NotPackable(Refusal.at(node, "gradients are switched on inside a region that switches them off"))
         env[node] = graph.graph.node_copy(node, lambda n: env[n])
-    raise AssertionError("an fx graph ends with an output node")
+    returned: Any = next(node for node in reversed(body.graph.nodes) if node.op == "output").args[0]
+    values = returned if isinstance(returned, (tuple, list)) else (returned,)
+    # What only passes through a region is not computed in it, and keeps its gradient.
+    return [_detached(graph, env[v]) if without_grad and v.op != "placeholder" else env[v] for v in values]
 
 
 def _adopt_submodule(graph: PackGraph, body: fx.GraphModule, node: fx.Node) -> None:
@@ -140,68 +172,84 @@ def _make_functional(graph: PackGraph, result: PassResult) -> None:
         functional = _FUNCTIONAL.get(op_name(node)) if node.op == "call_function" else None
         if functional is None or not _owns_its_input(node, order):
             continue  # left in place: the token-mixing check refuses what it cannot follow
-        node.target = functional
-        result.changed += 1
+        with graph.graph.inserting_before(node):
+            unchanged = _same_dtype_out_of_place(graph, node, functional)
+        if unchanged:
+            node.target = functional
+            result.changed += 1
 
 
 def _owns_its_input(node: fx.Node, order: dict[fx.Node, int]) -> bool:
     """True if nobody can see the tensor that ``node`` overwrites, after it was overwritten."""
-    target: Any = node.args[0]
-    if target.op == "placeholder" or _may_alias(target):
+    target = operands(node)[0]
+    if target.op == "placeholder" or may_alias(target):
         return False
-    return all(order[user] <= order[node] and not _may_alias(user) for user in target.users if user is not node)
+    return all(order[user] <= order[node] and not may_alias(user) for user in target.users if user is not node)
 
 
-def _may_alias(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return op_name(node) == "getitem"
-    # reshape, contiguous and to() return their input or a copy, depending on strides: treat as views.
-    maybe = is_op(node, "aten.reshape", "aten.contiguous", "aten.to", "aten.type_as", "aten.flatten", "aten.dropout")
-    return maybe or any(ret.alias_info is not None for ret in schema.returns)
+def _same_dtype_out_of_place(graph: PackGraph, node: fx.Node, functional: Any) -> bool:
+    """In place, ``half.add_(float)`` stays half; out of place it would not."""
+    trial = graph.graph.create_node("call_function", functional, node.args, node.kwargs)
+    value = graph.evaluate(trial)
+    graph.graph.erase_node(trial)
+    return bool(value.dtype == node.meta["val"].dtype and value.shape == node.meta["val"].shape)
 
 
 # --------------------------------------------------------------------------- ops that do nothing
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    left, right = shape_of(a), shape_of(b)
-    return len(left) == len(right) and all(
-        (x.node.expr == y.node.expr)
-        if isinstance(x, torch.SymInt) and isinstance(y, torch.SymInt)
-        else x is y or (isinstance(x, int) and isinstance(y, int) and x == y)
-        for x, y in zip(left, right, strict=True)
-    )
+    return [_expression(size) for size in shape_of(a)] == [_expression(size) for size in shape_of(b)]
 
 
-def _keeps_dtype(node: fx.Node, source: fx.Node) -> bool:
-    return bool(node.meta["val"].dtype == source.meta["val"].dtype)
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
-def _same_device(node: fx.Node, source: fx.Node) -> bool:
-    return bool(node.meta["val"].device == source.meta["val"].device)
+def _same_kind(node: fx.Node, source: fx.Node) -> bool:
+    value, before = node.meta["val"], source.meta["val"]
+    return bool(value.dtype == before.dtype and value.device == before.device)
+
+
+def _same_tensor(node: fx.Node, source: fx.Node) -> bool:
+    return _same_shape(node, source) and _same_kind(node, source)
+
+
+def _whole_slice(node: fx.Node, source: fx.Node) -> bool:
+    return _same_shape(node, source) and argument(node, "start") in (0, None) and argument(node, "step") == 1
+
+
+def _no_dropout(node: fx.Node, source: fx.Node) -> bool:
+    return argument(node, "p") == 0.0 or argument(node, "train") is False
+
+
+def _adds_zero(node: fx.Node, source: fx.Node) -> bool:
+    other = argument(node, "other")
+    return type(other) is int and other == 0 and _same_kind(node, source)
 
 
 _IDENTITIES: dict[str, Callable[[fx.Node, fx.Node], bool]] = {
-    "aten.to": lambda n, s: _keeps_dtype(n, s) and _same_device(n, s),
-    "aten.type_as": lambda n, s: _keeps_dtype(n, s) and _same_device(n, s),
-    "aten.slice": lambda n, s: _same_shape(n, s) and n.args[2:4] in ((0, _END), (None, None), (0, None), ()),
-    "aten.expand": _same_shape,
-    "aten.view": _same_shape,
-    "aten.reshape": _same_shape,
-    "aten.alias": lambda n, s: True,
-    "aten.lift_fresh_copy": lambda n, s: True,
-    "aten.dropout": lambda n, s: n.args[1] == 0.0 or n.args[2] is False,
-    "aten.add": lambda n, s: type(n.args[1]) is int and n.args[1] == 0 and _keeps_dtype(n, s),
+    "to": _same_kind,
+    "type_as": _same_kind,
+    "slice": _whole_slice,
+    "expand": _same_shape,
+    "view": _same_tensor,  # view(dtype) reads the same bytes as other numbers
+    "reshape": _same_shape,
+    "alias": lambda node, source: True,
+    "lift_fresh_copy": lambda node, source: True,
+    "dropout": _no_dropout,
+    "feature_dropout": _no_dropout,
+    "alpha_dropout": _no_dropout,
+    "add": _adds_zero,
 }
 
 
-def _does_nothing(graph: PackGraph, node: fx.Node) -> fx.Node | None:
+def _does_nothing(node: fx.Node) -> fx.Node | None:
     """The input that ``node`` returns unchanged, or None."""
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+    if node.op != "call_function" or not is_tensor(node):
         return None
-    rule = _IDENTITIES.get(op_name(node).rpartition(".")[0])
-    source = node.args[0]
-    if rule is None or not isinstance(node.meta.get("val"), torch.Tensor) or not rule(node, source):
+    identity = _IDENTITIES.get(op_family(node))
+    if identity is None:
         return None
-    return source
+    source: Any = operands(node)[0]
+    return source if is_tensor(source) and identity(node, source) else None

@@ -10,8 +10,9 @@ from __future__ import annotations
 from torch import fx
 
 from .base import NotPackable, PackGraph, PassResult, Refusal, output_node
+from .infer import infer, input_types
 from .region import Region, enclosing_regions, prove_token_wise
-from .types import Mixes, Tok, TokenType, infer, input_types
+from .types import Const, Mixes, Tok, TokenType
 
 __all__ = ["check_token_mixing"]
 
@@ -26,6 +27,8 @@ def check_token_mixing(graph: PackGraph) -> PassResult:
     types = input_types(graph)
     covered: set[fx.Node] = set()
     for node in graph.graph.nodes:
+        if node.op == "get_attr":  # the body of a higher-order op, for which there is no rule
+            types[node] = Const()
         if node.op != "call_function" or node in covered:
             continue
         kind = infer(graph, node, types)
@@ -52,5 +55,5 @@ def _proved_region(graph: PackGraph, node: fx.Node, why: Mixes, types: dict[fx.N
         if finding is None:
             return region
         findings.append(finding)
-    hint = findings[0] if findings else "if the op is token-wise, add its typing rule to passes/types.py"
+    hint = findings[0] if findings else "if the op is token-wise, add its typing rule (passes/types.py says where)"
     raise NotPackable(Refusal.at(node, why.reason, hint))

@@ -8,8 +8,10 @@ as much as can be known, optionally under a relation between ``q`` and ``k``:
     future  k >  q      what a causal model must hide
     self    k == q      what every model must show
 
-That is how a mask is understood without knowing its name: under *future* it must fold to "hidden"; what is
-left of it under *past* is the part that packing still has to apply (a window, say), as a program for the runtime.
+Simplification keeps every value as it is. What *hides* a key (a large negative number where a mask says so) is told
+apart from the score afterwards, by :func:`split_mask`. That is how a mask is understood without knowing its name:
+under *future* nothing may be visible; what is left of visibility under *past* is the part that packing still has to
+apply (a window, say), as a program for the runtime.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Union
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import fx
 
-from ..runtime.program import ALWAYS, DTYPES, OPS
+from ..runtime.program import DTYPES, OPS
 
 __all__ = [
     "HIDDEN",
@@ -34,10 +36,14 @@ __all__ = [
     "Var",
     "at",
     "conjuncts",
+    "is_bool",
     "is_hidden",
     "linear_form",
+    "may_be_negative",
     "simplify",
+    "split_mask",
     "to_program",
+    "variables",
     "walk",
 ]
 
@@ -46,6 +52,8 @@ Relation = Literal["past", "future", "self"]
 
 @dataclass(frozen=True)
 class Const:
+    """A number or a truth value."""
+
     value: bool | int | float
 
     def __eq__(self, other: object) -> bool:  # 1, 1.0 and True are different constants
@@ -71,11 +79,13 @@ class Capture:
 
 @dataclass(frozen=True)
 class Op:
+    """An op of ``runtime.program`` applied to expressions."""
+
     name: str
     args: tuple[Expr, ...]
 
 
-Expr = Union[Const, Var, Capture, Op]
+Expr: TypeAlias = "Const | Var | Capture | Op"
 
 HIDDEN = Const(-math.inf)
 _HIDING = -1e4
@@ -105,10 +115,16 @@ def is_hidden(expr: Expr) -> bool:
 
 
 def walk(expr: Expr) -> Iterator[Expr]:
+    """An expression and all its parts."""
     yield expr
     if isinstance(expr, Op):
         for arg in expr.args:
             yield from walk(arg)
+
+
+def variables(expr: Expr) -> set[str]:
+    """Names of the variables in an expression."""
+    return {part.name for part in walk(expr) if isinstance(part, Var)}
 
 
 def conjuncts(expr: Expr) -> Iterator[Expr]:
@@ -121,6 +137,7 @@ def conjuncts(expr: Expr) -> Iterator[Expr]:
 
 
 def is_bool(expr: Expr) -> bool:
+    """True if the expression is a truth value."""
     if isinstance(expr, Const):
         return isinstance(expr.value, bool)
     if isinstance(expr, Op) and expr.name == "at":
@@ -143,7 +160,8 @@ def linear_form(expr: Expr) -> dict[str, float] | None:
     if not isinstance(expr, Op):
         return None
     if expr.name in ("int64", "int32", "float32", "float64"):  # exact for positions below 2**24
-        return linear_form(expr.args[0])
+        form = linear_form(expr.args[0])
+        return form if form is None or expr.name.startswith("float") or _is_whole(form) else None
     parts = [linear_form(arg) for arg in expr.args]
     if expr.name == "neg" and parts[0] is not None:
         return {name: -value for name, value in parts[0].items()}
@@ -152,11 +170,24 @@ def linear_form(expr: Expr) -> dict[str, float] | None:
         names = parts[0].keys() | parts[1].keys()
         return {name: parts[0].get(name, 0) + sign * parts[1].get(name, 0) for name in names}
     if expr.name == "mul":
-        for constant, other in (expr.args, expr.args[::-1]):
-            form = linear_form(other)
+        for constant, form in zip(expr.args, parts[::-1], strict=True):
             if isinstance(constant, Const) and not isinstance(constant.value, bool) and form is not None:
                 return {name: constant.value * value for name, value in form.items()}
     return None
+
+
+def _is_whole(form: dict[str, float]) -> bool:
+    return all(math.isfinite(value) and float(value).is_integer() for value in form.values())
+
+
+def may_be_negative(place: Expr) -> bool:
+    """True unless ``place`` is provably at least 0 for all coordinates."""
+    if isinstance(place, Op) and place.name in ("floordiv", "remainder") and isinstance(place.args[1], Const):
+        return place.args[1].value <= 0 or (place.name == "floordiv" and may_be_negative(place.args[0]))
+    if isinstance(place, Op) and place.name == "where":
+        return any(may_be_negative(branch) for branch in place.args[1:])
+    form = linear_form(place)
+    return form is None or not _interval(form, None)[0] >= 0
 
 
 def _interval(form: dict[str, float], relation: Relation | None) -> tuple[float, float]:
@@ -211,14 +242,24 @@ def _fold(expr: Op, relation: Relation | None) -> Expr:
         return _evaluate(expr)
     if expr.name in DTYPES:
         return _fold_cast(expr, relation)
-    lifted = _lift_where(expr, relation)
-    if lifted is not None:
-        return lifted
-    return _fold_arithmetic(expr)
+    expr = Op(expr.name, tuple(_as_number(arg) for arg in expr.args))
+    return _lift_where(expr, relation) or _fold_arithmetic(expr)
+
+
+def _as_number(expr: Expr) -> Expr:
+    """Arithmetic on truth values is arithmetic on 1 and 0."""
+    if isinstance(expr, Const) and isinstance(expr.value, bool):
+        return Const(int(expr.value))
+    return Op("where", (expr, Const(1), Const(0))) if is_bool(expr) else expr
 
 
 def _evaluate(expr: Op) -> Expr:
-    values = [arg.value for arg in expr.args if isinstance(arg, Const)]
+    values: list[Any] = [arg.value for arg in expr.args if isinstance(arg, Const)]
+    if expr.name in ("div", "floordiv", "truncdiv", "remainder") and values[1] == 0:
+        return expr  # Python raises where torch has an answer
+    if expr.name in ("minimum", "maximum", "silu"):
+        values = [torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None) for value in values]
+        values = [value.to(torch.result_type(values[0], values[-1])) for value in values]
     result = OPS[expr.name](*values)
     return Const(result.item() if isinstance(result, torch.Tensor) else result)
 
@@ -231,9 +272,11 @@ def _fold_comparison(expr: Op, relation: Relation | None) -> Expr:
         return Const(True)
     if left == right and expr.name in ("ne", "lt", "gt"):
         return Const(False)
-    if is_bool(left) and isinstance(right, Const) and expr.name in ("eq", "ne"):  # `mask == 0`
-        wants = bool(right.value) is (expr.name == "eq")
+    if is_bool(left) and isinstance(right, Const) and right.value in (0, 1) and expr.name in ("eq", "ne"):
+        wants = bool(right.value) is (expr.name == "eq")  # `mask == 0`
         return left if wants else _fold_logical(Op("not_", (left,)))
+    expr = Op(expr.name, (_as_number(left), _as_number(right)))
+    left, right = expr.args
     branches = _lift_where(expr, relation)
     if branches is not None:
         return branches
@@ -278,13 +321,9 @@ def _fold_where(expr: Op) -> Expr:
         return condition
     if a == Const(False) and b == Const(True):
         return _fold_logical(Op("not_", (condition,)))
-    if is_hidden(a) and is_hidden(b):
-        return HIDDEN
-    if is_hidden(a):  # the visible branch first
-        return _fold_where(Op("where", (_fold_logical(Op("not_", (condition,))), b, HIDDEN)))
-    if is_hidden(b) and isinstance(a, Op) and a.name == "where" and is_hidden(a.args[2]):
-        return Op("where", (_fold_logical(Op("and_", (condition, a.args[0]))), a.args[1], HIDDEN))
-    return Op("where", (condition, a, HIDDEN)) if is_hidden(b) else expr
+    if isinstance(a, Op) and a.name == "where" and a.args[2] == b:
+        return Op("where", (_fold_logical(Op("and_", (condition, a.args[0]))), a.args[1], b))
+    return expr
 
 
 def _fold_cast(expr: Op, relation: Relation | None) -> Expr:
@@ -295,28 +334,26 @@ def _fold_cast(expr: Op, relation: Relation | None) -> Expr:
             return inner
         one, zero = (1.0, 0.0) if dtype.is_floating_point else (1, 0)
         return _fold_where(Op("where", (inner, Const(one), Const(zero))))
-    if not dtype.is_floating_point and dtype != torch.bool and linear_form(inner) is not None:
+    if not dtype.is_floating_point and dtype != torch.bool and _is_whole_number(inner):
         return inner
-    lifted = _lift_where(expr, relation)
-    if lifted is not None:
-        return lifted
     if inner == Var("s") and dtype == torch.float32:
         return inner  # backends hold scores in float32 already
-    return expr
+    return _lift_where(expr, relation) or expr
+
+
+def _is_whole_number(expr: Expr) -> bool:
+    form = linear_form(expr)
+    return form is not None and _is_whole(form)
 
 
 def _lift_where(expr: Op, relation: Relation | None) -> Expr | None:
-    """``op(where(c, a, b), x) -> where(c, op(a, x), op(b, x))`` where that lets constants or masks fold."""
+    """``op(where(c, a, b), x) -> where(c, op(a, x), op(b, x))`` for constants, which then fold."""
     for n, arg in enumerate(expr.args):
         if not (isinstance(arg, Op) and arg.name == "where"):
             continue
         condition, a, b = arg.args
         others = [other for m, other in enumerate(expr.args) if m != n]
-        constant = all(isinstance(e, Const) for e in (a, b, *others))
-        additive = (
-            expr.name in ("add", "sub", *DTYPES) and (is_hidden(a) or is_hidden(b)) and (n == 0 or expr.name == "add")
-        )
-        if not (constant or additive):
+        if not all(isinstance(e, Const) for e in (a, b, *others)):
             continue
         branches = [_fold(Op(expr.name, (*expr.args[:n], e, *expr.args[n + 1 :])), relation) for e in (a, b)]
         return _fold_where(Op("where", (condition, *branches)))
@@ -325,21 +362,27 @@ def _lift_where(expr: Op, relation: Relation | None) -> Expr | None:
 
 def _fold_arithmetic(expr: Op) -> Expr:
     name, args = expr.name, expr.args
-    if name in ("add", "minimum") and any(is_hidden(arg) for arg in args):
-        return HIDDEN
-    if name == "maximum" and any(is_hidden(arg) for arg in args):
-        return args[1] if is_hidden(args[0]) else args[0]
     if name in ("add", "sub") and _is_number(args[1], 0):
         return args[0]
     if name == "add" and _is_number(args[0], 0):
         return args[1]
-    if name in ("mul", "div", "floordiv") and _is_number(args[1], 1):
+    if name in ("mul", "div") and _is_number(args[1], 1):
         return args[0]
     if name == "mul" and _is_number(args[0], 1):
         return args[1]
-    if name == "mul" and _is_number(args[0], 0) or name == "remainder" and _is_number(args[1], 1):
-        return Const(0)
-    return _recombine_division(expr) or expr
+    if name == "mul" and any(_is_number(arg, 0) for arg in args):
+        return next(arg for arg in args if _is_number(arg, 0))
+    if name in ("floordiv", "remainder") and _is_number(args[1], 1) and _is_whole_number(args[0]):
+        return args[0] if name == "floordiv" else Const(0)
+    return _recombine_division(expr) or _cancelled(expr) or expr
+
+
+def _cancelled(expr: Op) -> Expr | None:
+    """``q - (q - 1) -> 1``."""
+    form = linear_form(expr) if expr.name in ("add", "sub") else None
+    if form is None or not _is_whole(form) or any(value for name, value in form.items() if name):
+        return None
+    return Const(form.get("", 0))
 
 
 def _is_number(expr: Expr, value: int) -> bool:
@@ -358,6 +401,113 @@ def _recombine_division(expr: Op) -> Expr | None:
     return rest.args[0] if same and rest.args[1] == n else None
 
 
+# --------------------------------------------------------------------------- masks
+
+_SHOWN, _NOTHING = Const(True), Const(False)
+
+
+def split_mask(expr: Expr) -> tuple[Expr, Expr]:
+    """A score as ``(visible, score)``: keys are hidden where ``visible`` is false, and have ``score`` elsewhere.
+
+    A key is hidden by a constant of -1e4 or less that is chosen for it, added to its score, or what the score is
+    limited to from above. Everything else is left in the score.
+    """
+    if is_hidden(expr):
+        return _NOTHING, HIDDEN
+    if not isinstance(expr, Op):
+        return _SHOWN, expr
+    split = _SPLITS.get(expr.name)
+    visible, score = split(expr) if split is not None else (_SHOWN, expr)
+    return (_SHOWN, expr) if visible == _SHOWN else (visible, score)
+
+
+def _split_where(expr: Op) -> tuple[Expr, Expr]:
+    condition, a, b = expr.args
+    (seen_a, score_a), (seen_b, score_b) = split_mask(a), split_mask(b)
+    seen = seen_a if seen_a == seen_b else _either(_both(condition, seen_a), _both(_opposite(condition), seen_b))
+    if _NOTHING in (seen_a, seen_b):
+        return seen, score_b if seen_a == _NOTHING else score_a
+    return seen, _fold_where(Op("where", (condition, score_a, score_b)))
+
+
+def _split_sum(expr: Op) -> tuple[Expr, Expr]:
+    """``a + b`` is hidden where one of them is."""
+    a, b = expr.args
+    if expr.name == "sub":
+        a, b = a, _negative(b)
+    (seen_a, score_a), (seen_b, score_b) = split_mask(a), split_mask(b)
+    name, right = (expr.name, expr.args[1]) if seen_b == _SHOWN else ("add", score_b)
+    return _both(seen_a, seen_b), _fold(Op(name, (score_a, right)), None)
+
+
+def _negative(expr: Expr) -> Expr:
+    if isinstance(expr, Op) and expr.name == "where":
+        return Op("where", (expr.args[0], _negative(expr.args[1]), _negative(expr.args[2])))
+    return _fold(Op("neg", (expr,)), None)
+
+
+def _split_minimum(expr: Op) -> tuple[Expr, Expr]:
+    (seen_a, score_a), (seen_b, score_b) = (split_mask(arg) for arg in expr.args)
+    return _both(seen_a, seen_b), Op("minimum", (score_a, score_b))
+
+
+def _split_maximum(expr: Op) -> tuple[Expr, Expr]:
+    """``max(score, finfo.min)`` is the score; a limit that shows takes part in the softmax."""
+    (seen_a, score_a), (seen_b, score_b) = (split_mask(arg) for arg in expr.args)
+    if seen_b == _NOTHING:
+        return seen_a, score_a
+    return (seen_b, score_b) if seen_a == _NOTHING else (_SHOWN, expr)
+
+
+def _split_cast(expr: Op) -> tuple[Expr, Expr]:
+    seen, score = split_mask(expr.args[0])
+    return seen, _fold(Op(expr.name, (score,)), None)
+
+
+def _split_scaled(expr: Op) -> tuple[Expr, Expr]:
+    """A positive factor on the whole score scales what hides as well; it is still hidden if still large."""
+    for constant, other in (expr.args, expr.args[::-1]):
+        if isinstance(constant, Const) and constant.value > 0 and not (expr.name == "div" and other is expr.args[1]):
+            return split_mask(_scaled(other, constant, expr)) if _can_scale(other) else (_SHOWN, expr)
+    return _SHOWN, expr
+
+
+def _can_scale(expr: Expr) -> bool:
+    return isinstance(expr, Op) and expr.name in ("where", "add", "sub")
+
+
+def _scaled(expr: Expr, constant: Const, by: Op) -> Expr:
+    if isinstance(expr, Op) and expr.name == "where":
+        return Op("where", (expr.args[0], *(_scaled(arg, constant, by) for arg in expr.args[1:])))
+    if isinstance(expr, Op) and expr.name in ("add", "sub"):
+        return Op(expr.name, tuple(_scaled(arg, constant, by) for arg in expr.args))
+    return _fold(Op(by.name, (expr, constant)), None)
+
+
+def _both(a: Expr, b: Expr) -> Expr:
+    return _fold_logical(Op("and_", (a, b)))
+
+
+def _either(a: Expr, b: Expr) -> Expr:
+    return _fold_logical(Op("or_", (a, b)))
+
+
+def _opposite(a: Expr) -> Expr:
+    return _fold_logical(Op("not_", (a,)))
+
+
+_SPLITS: dict[str, Callable[[Op], tuple[Expr, Expr]]] = {
+    "where": _split_where,
+    "add": _split_sum,
+    "sub": _split_sum,
+    "minimum": _split_minimum,
+    "maximum": _split_maximum,
+    "mul": _split_scaled,
+    "div": _split_scaled,
+    **{name: _split_cast for name, dtype in DTYPES.items() if dtype.is_floating_point},
+}
+
+
 # --------------------------------------------------------------------------- text
 
 
@@ -373,6 +523,9 @@ def to_program(expr: Expr, captures: list[fx.Node]) -> str:
         return f"c{captures.index(expr.node)}"
     if expr.name in ("and_", "or_") and len(expr.args) > 2:
         return to_program(Op(expr.name, (expr.args[0], Op(expr.name, expr.args[1:]))), captures)
+    if expr.name in ("minimum", "maximum") and any(isinstance(arg, Const) for arg in expr.args):
+        pick = Op("lt" if expr.name == "minimum" else "gt", expr.args)  # torch takes tensors only
+        return to_program(Op("where", (pick, *expr.args)), captures)
     return f"{expr.name}({', '.join(to_program(arg, captures) for arg in expr.args)})"
 
 
@@ -380,6 +533,3 @@ def _constant_text(value: bool | int | float) -> str:
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
     return repr(value)
-
-
-assert to_program(Const(True), []) == ALWAYS

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .base import PackGraph, is_op
+from .base import PackGraph, is_mutable, is_op, is_size, may_alias, operands, run_node
 from .types import Const, Tok, TokenType
 
 __all__ = ["Region", "enclosing_regions", "prove_token_wise"]
@@ -43,9 +43,11 @@ class Region:
 
     @property
     def members(self) -> set[fx.Node]:
+        """The nodes as a set."""
         return set(self.nodes)
 
     def types(self) -> dict[fx.Node, TokenType]:
+        """Types of the outputs, once the region is proved token-wise."""
         return {node: Tok(axis) for node, axis in self.outputs.items()}
 
     def __str__(self) -> str:
@@ -64,9 +66,9 @@ def enclosing_regions(graph: PackGraph, node: fx.Node, types: dict[fx.Node, Toke
 
 
 def _region(graph: PackGraph, path: str, nodes: list[fx.Node], types: dict[fx.Node, TokenType]) -> Region | None:
-    nodes = [n for n in nodes if n.op == "call_function" and not _is_size(n)]
+    nodes = [n for n in nodes if n.op == "call_function" and not _is_known_size(graph, n)]
     members = set(nodes)
-    if any(is_op(n, "ppcompile.prefix_attention") for n in nodes):
+    if any(is_op(n, "ppcompile.prefix_attention") or _overwrites_outside(n, members) for n in nodes):
         return None
     token_inputs: dict[fx.Node, int] = {}
     other_inputs: list[fx.Node] = []
@@ -74,7 +76,7 @@ def _region(graph: PackGraph, path: str, nodes: list[fx.Node], types: dict[fx.No
         kind = types.get(source)
         if isinstance(kind, Tok) and source.meta["val"].is_floating_point():
             token_inputs[source] = kind.axis
-        elif _is_size(source) or (kind == Const() and source.op == "placeholder"):
+        elif _is_known_size(graph, source) or (kind == Const() and source.op == "placeholder"):
             other_inputs.append(source)
         else:
             return None
@@ -85,8 +87,22 @@ def _region(graph: PackGraph, path: str, nodes: list[fx.Node], types: dict[fx.No
     return Region(path, nodes, token_inputs, other_inputs, {n: axes[0] for n, axes in outputs.items()})
 
 
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), (int, torch.SymInt))
+def _is_known_size(graph: PackGraph, node: fx.Node) -> bool:
+    """True for a number that follows from the number of tokens alone, not from what they are."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.SymInt):
+        return bool(value.node.expr.free_symbols <= {graph.length, graph.scored})
+    return is_size(node)
+
+
+def _overwrites_outside(node: fx.Node, members: set[fx.Node]) -> bool:
+    """True if ``node`` works in place on memory that the region did not make."""
+    if not is_mutable(node):
+        return False
+    written: Any = operands(node)[0]
+    while isinstance(written, fx.Node) and written in members and may_alias(written):
+        written = operands(written)[0]
+    return written not in members
 
 
 def prove_token_wise(graph: PackGraph, region: Region) -> str | None:
@@ -133,10 +149,8 @@ def _runner(graph: PackGraph, region: Region) -> Callable[[dict[fx.Node, Tensor]
         device = next((v.device for n in region.other_inputs if (v := graph.values.get(n.name)) is not None), None)
         env: dict[fx.Node, Any] = {n: t.to(device) if device else t for n, t in tokens.items()}
         env |= {n: value_of(n, count) for n in region.other_inputs}
-        with torch.no_grad():
-            for node in region.nodes:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
-                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        for node in region.nodes:
+            env[node] = run_node(node, env)
         return [env[n] for n in region.outputs]
 
     return run
@@ -154,8 +168,14 @@ def _compare(
     for what, kept in (("permuted", order), ("left out", order[: max(2, count // 2)].sort().values)):
         part = run({n: t.index_select(region.token_inputs[n], kept) for n, t in inputs.items()}, len(kept))
         for (_, axis), all_of_it, some in zip(region.outputs.items(), whole, part, strict=True):
-            wanted = all_of_it.index_select(axis, kept.to(all_of_it.device))
-            scale = wanted.abs().max().clamp_min(1e-6)
-            if wanted.shape != some.shape or (wanted - some).abs().max() > _TOLERANCE[some.dtype] * scale:
+            if not _same(all_of_it.index_select(axis, kept.to(all_of_it.device)), some):
                 return f"{region.path} as a whole is not token-wise either: its result changes when tokens are {what}"
     return None
+
+
+def _same(wanted: Tensor, found: Tensor) -> bool:
+    """Equal up to rounding; NaN is equal to nothing, so a region that cannot be run on random tokens is refused."""
+    if wanted.shape != found.shape or not wanted.is_floating_point():
+        return torch.equal(wanted, found)
+    scale = wanted.abs().max().clamp_min(1e-6)
+    return bool((wanted - found).abs().max() <= _TOLERANCE.get(found.dtype, 0.0) * scale)

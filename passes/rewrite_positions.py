@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from .base import PackGraph, PassResult, is_op, op_name, shape_of
-from .expressions import Const, Expr, Var, linear_form
-from .pull_back import Opaque, PullBack
-from .types import Mixes, Tok, TokenType, infer, input_types
+from .base import PackGraph, PassResult, argument, axis_argument, is_op, is_tensor, op_name, operands, shape_of
+from .coordinates import Opaque, only_coordinate
+from .expressions import Const, Expr, linear_form
+from .infer import infer, input_types
+from .pull_back import PullBack
+from .types import Mixes, Tok, TokenType
 
 __all__ = ["rewrite_positions"]
 
@@ -26,6 +28,7 @@ aten = torch.ops.aten
 
 
 def rewrite_positions(graph: PackGraph) -> PassResult:
+    """Replace what depends on the slot's index, where it is a known function of position."""
     result = PassResult("rewrite_positions")
     reader = PullBack(graph)
     types: dict[fx.Node, TokenType | Mixes] = dict(input_types(graph))
@@ -54,16 +57,14 @@ def _infer(graph: PackGraph, node: fx.Node, types: dict[fx.Node, Any]) -> TokenT
 def _at_positions(graph: PackGraph, node: fx.Node, reader: PullBack) -> fx.Node | None:
     """The value of a position-only ``node``, computed from ``position_ids``; None if it has no such form."""
     axes = graph.token_axes(node)
-    if len(axes) != 1 or not isinstance(node.meta.get("val"), torch.Tensor):
+    if len(axes) != 1 or not is_tensor(node):
         return None
-    if is_op(node, "aten.slice") and not graph.mentions_length(shape_of(node.args[0])[axes[0]]):  # type: ignore[arg-type]
+    if is_op(node, "aten.slice") and not graph.mentions_length(shape_of(operands(node)[0])[axes[0]]):
         return _rows_of_table(graph, node, axes[0])
     if any(size != 1 for axis, size in enumerate(shape_of(node)) if axis != axes[0]):
         return None
-    where: list[Expr] = [Const(0)] * len(shape_of(node))
-    where[axes[0]] = Var("q")
     try:
-        return _affine(graph, node, reader.read(node, where))
+        return _affine(graph, node, reader.read(node, only_coordinate(node, axes[0])))
     except Opaque:
         return None
 
@@ -87,24 +88,20 @@ def _affine(graph: PackGraph, node: fx.Node, value: Expr) -> fx.Node | None:
 
 
 def _chain(graph: PackGraph, source: fx.Node, steps: list[tuple[Any, ...]], like: fx.Node) -> fx.Node:
-    """Apply ``op(previous, argument)`` one after the other, in order, after ``like``."""
+    """Apply ``op(previous, with_)`` one after the other, in order, after ``like``."""
     previous, place = source, like
-    for op, argument in steps:
+    for op, with_ in steps:
         with graph.graph.inserting_after(place):
-            previous = place = graph.call(op, (previous, argument), like=like)
+            previous = place = graph.call(op, (previous, with_), like=like)
     return previous
 
 
 def _rows_of_table(graph: PackGraph, node: fx.Node, axis: int) -> fx.Node | None:
     """``table[start:T] -> index_select(table, position_ids + start)``."""
-    start = node.args[2] if len(node.args) > 2 else 0
-    step = node.args[4] if len(node.args) > 4 else 1
-    rank = len(shape_of(node))
-    given = int(node.args[1]) % rank if len(node.args) > 1 else 0  # type: ignore[call-overload]
-    if not isinstance(start, (int, type(None))) or (start or 0) < 0 or step != 1 or given != axis:
+    table, start, step = operands(node)[0], argument(node, "start") or 0, argument(node, "step")
+    if not isinstance(start, int) or start < 0 or step != 1 or axis_argument(node, len(shape_of(node))) != axis:
         return None
-    table: Any = node.args[0]
-    graph.limit_positions(int(shape_of(table)[axis]) - (start or 0))
+    graph.limit_positions(int(shape_of(table)[axis]) - start)
     flat: list[tuple[Any, ...]] = [(aten.reshape.default, [-1])]
     rows = _chain(graph, graph.layout("position_ids"), flat + ([(aten.add.Scalar, start)] if start else []), node)
     with graph.graph.inserting_after(rows):
@@ -113,19 +110,19 @@ def _rows_of_table(graph: PackGraph, node: fx.Node, axis: int) -> fx.Node | None
 
 def _limit_by_table(graph: PackGraph, node: fx.Node, reader: PullBack) -> None:
     """Embedding tables end somewhere: remember where, so that a batch beyond it gets a clear error."""
-    table, index = node.args[:2]
-    if reader.positional.depends_on_tokens(index):  # type: ignore[arg-type]
-        if index is graph.layout("input_ids"):
-            graph.vocab_size = int(shape_of(table)[0])  # type: ignore[arg-type]
+    table, index = argument(node, "weight"), argument(node, "indices")
+    if index is graph.layout("input_ids"):
+        graph.vocab_size = int(shape_of(table)[0])
+    axes = graph.token_axes(index)
+    if reader.positional.depends_on_tokens(index) or len(axes) != 1:
         return
-    axes = graph.token_axes(index)  # type: ignore[arg-type]
-    if len(axes) != 1:
-        return
-    where: list[Expr] = [Const(0)] * len(shape_of(index))  # type: ignore[arg-type]
-    where[axes[0]] = Var("q")
-    try:
-        form = linear_form(reader.read(index, where))  # type: ignore[arg-type]
-    except Opaque:
-        return
+    form = _form(reader, index, axes[0])
     if form is not None and form.get("q") == 1 and not set(form) - {"q", ""}:
-        graph.limit_positions(int(shape_of(table)[0]) - int(form.get("", 0)))  # type: ignore[arg-type]
+        graph.limit_positions(int(shape_of(table)[0]) - int(form.get("", 0)))
+
+
+def _form(reader: PullBack, index: fx.Node, axis: int) -> dict[str, float] | None:
+    try:
+        return linear_form(reader.read(index, only_coordinate(index, axis)))
+    except Opaque:
+        return None

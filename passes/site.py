@@ -9,21 +9,22 @@ from torch import fx
 
 from .base import Refusal, module_path
 from .expressions import (
-    HIDDEN,
-    Capture,
     Const,
     Expr,
     Op,
+    Relation,
     Var,
     conjuncts,
     is_hidden,
     linear_form,
     simplify,
+    split_mask,
     to_program,
+    variables,
     walk,
 )
 
-__all__ = ["NoMatch", "ScoreMeaning", "Site", "understand_score"]
+__all__ = ["NoMatch", "ScoreMeaning", "Site", "dropout_refusal", "head_count", "understand_score"]
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,15 @@ class Site:
 
     @property
     def module(self) -> str:
+        """Dotted path of the module that the attention is in."""
         return module_path(self.output)
 
     def __str__(self) -> str:
         grouped = f"/{self.key_heads}" if self.key_heads not in (0, self.heads) else ""
         sinks = ", sinks" if self.sinks is not None else ""
-        return f"{self.module}: {self.spelling}, {self.heads}{grouped} heads, {self.meaning.mask_class}, {self.meaning.score_class}{sinks}"
+        heads = f"{self.heads}{grouped} heads"
+        classes = f"{self.meaning.mask_class}, {self.meaning.score_class}"
+        return f"{self.module}: {self.spelling}, {heads}, {classes}{sinks}"
 
 
 def understand_score(node: fx.Node, expr: Expr, scale: float) -> ScoreMeaning | NoMatch:
@@ -110,17 +114,14 @@ def understand_score(node: fx.Node, expr: Expr, scale: float) -> ScoreMeaning | 
         expr: the score as a function of ``s h q k i j``; hidden keys have a constant score of -1e4 or less.
         scale: factor already applied to ``<query, key>``.
     """
-    future = simplify(expr, "future")
-    if not is_hidden(future):
-        return NoMatch(Refusal.at(node, _not_causal(future), "only causal decoders can be packed"))
-    own = simplify(expr, "self")
-    if is_hidden(own) or isinstance(own, Op) and own.name == "where" and is_hidden(own.args[2]):
+    future, _ = _masked(expr, "future")
+    if future != Const(False):
+        return NoMatch(Refusal.at(node, _not_causal(future, expr), "only causal decoders can be packed"))
+    own, _ = _masked(expr, "self")
+    if own != Const(True):
         reason = "a token may not see itself here, so a row can be left without any visible key"
         return NoMatch(Refusal.at(node, reason))
-    past = simplify(expr, "past")
-    visible: Expr = Const(True)
-    if isinstance(past, Op) and past.name == "where" and past.args[2] == HIDDEN:
-        visible, past = past.args[0], past.args[1]
+    visible, past = _masked(expr, "past")
     visible, window = _take_window(visible)
     if any(is_hidden(part) for part in walk(past)):
         reason = f"a mask that cannot be told apart from the score: {to_program(past, [])}"
@@ -129,10 +130,18 @@ def understand_score(node: fx.Node, expr: Expr, scale: float) -> ScoreMeaning | 
     return ScoreMeaning(scale, score, visible, window)
 
 
-def _not_causal(future: Expr) -> str:
-    names = {part.name for part in walk(future) if isinstance(part, Var)}
-    if names & {"q", "k"} or any(isinstance(part, Op) and part.name == "at" for part in walk(future)):
-        return f"a mask that cannot be proved causal: a later token has the score {to_program(future, [])}"
+def _masked(expr: Expr, relation: Relation) -> tuple[Expr, Expr]:
+    """``(visible, score)`` under a relation between ``q`` and ``k``."""
+    visible, score = split_mask(simplify(expr, relation))
+    return simplify(visible, relation), simplify(score, relation)
+
+
+def _not_causal(visible: Expr, expr: Expr) -> str:
+    score = to_program(simplify(expr, "future"), [])
+    if visible != Const(True):
+        return f"a mask that cannot be proved causal: a later token is seen where {to_program(visible, [])}"
+    if {"q", "k"} & variables(expr) or any(isinstance(part, Op) and part.name == "at" for part in walk(expr)):
+        return f"a mask that cannot be proved causal: a later token has the score {score}"
     return "bidirectional attention: a query sees tokens that come after it"
 
 
@@ -169,13 +178,11 @@ def _chunk_size(atom: Expr) -> int | None:
     if not isinstance(atom, Op) or atom.name != "eq":
         return None
     left, right = atom.args
-    for part in (left, right):
-        if not (isinstance(part, Op) and part.name == "floordiv" and isinstance(part.args[1], Const)):
-            return None
-    assert isinstance(left, Op) and isinstance(right, Op)
-    if {left.args[0], right.args[0]} == {Var("q"), Var("k")} and left.args[1] == right.args[1]:
-        return int(left.args[1].value)  # type: ignore[union-attr]
-    return None
+    if not (isinstance(left, Op) and isinstance(right, Op) and left.name == right.name == "floordiv"):
+        return None
+    size = left.args[1]
+    both = {left.args[0], right.args[0]} == {Var("q"), Var("k")}
+    return int(size.value) if both and isinstance(size, Const) and right.args[1] == size else None
 
 
 def _take_scale(expr: Expr, scale: float) -> tuple[Expr, float]:
@@ -212,14 +219,10 @@ def _without_factor(expr: Expr, factor: Op) -> Expr:
     return Op(expr.name, tuple(_without_factor(arg, factor) for arg in expr.args))
 
 
-def captured_nodes(*exprs: Expr) -> list[fx.Node]:
-    """Tensors that the expressions read, in order of first appearance."""
-    found: list[fx.Node] = []
-    for expr in exprs:
-        for part in walk(expr):
-            if isinstance(part, Capture) and part.node not in found:
-                found.append(part.node)
-    return found
+def dropout_refusal(node: fx.Node, p: float) -> Refusal:
+    """Why attention dropout cannot be packed."""
+    reason = f"dropout in attention while training (p={p}): packed and unpacked rows would draw different masks"
+    return Refusal.at(node, reason, "set the model's attention dropout to 0, or call .eval()")
 
 
 def head_count(shape: Any) -> int:

@@ -16,19 +16,24 @@ from typing import Any
 import torch
 from torch import fx
 
-from .base import PackGraph, PassResult, is_op, module_path, op_name, shape_of
-from .types import RULES, Mixes, Tok, TokenType, infer, input_types, normalization, pointwise
+from .base import PackGraph, PassResult, argument, is_op, module_path, op_family, shape_of
+from .infer import infer, input_types
+from .rules_math import cast, normalization, pointwise
+from .types import RULES, Mixes, Tok, TokenType
 
 __all__ = ["token_demand"]
 
 aten = torch.ops.aten
 _VIEWS = ("aten.view", "aten.reshape", "aten._unsafe_view")
-_OTHERS = ("aten.linear", "aten.addmm", "aten.mean", "aten.unsqueeze", "aten.squeeze", "aten.transpose", *_VIEWS)
+_OTHERS = ("aten.linear", "aten.addmm", "aten.mean", "aten.unsqueeze", "aten.squeeze", "aten.transpose",
+           "aten.zeros_like", "aten.ones_like", "aten.full_like", *_VIEWS)  # fmt: skip
 
 
 def token_demand(graph: PackGraph) -> PassResult:
+    """Move the selection of scored slots up as far as it goes."""
     result = PassResult("token_demand")
-    select = next(n for n in graph.graph.nodes if is_op(n, "aten.index_select") and n.args[2].name == "predecessors")
+    predecessors = graph.layout("predecessors")
+    (select,) = (n for n in predecessors.users if is_op(n, "aten.index_select"))
     types = _known_types(graph)
     demanded = _demanded(select, types)
     if not demanded:
@@ -69,9 +74,8 @@ def _commutes(node: fx.Node, types: dict[fx.Node, TokenType]) -> bool:
     """True if selecting rows before the op is selecting rows after it."""
     if node.op != "call_function" or not any(isinstance(types.get(source), Tok) for source in node.all_input_nodes):
         return False
-    name = op_name(node).removeprefix("aten.").partition(".")[0]
     return (
-        RULES.get(name) in (pointwise, normalization)
+        RULES.get(op_family(node)) in (pointwise, cast, normalization)
         or torch.Tag.pointwise in getattr(node.target, "tags", ())
         or is_op(node, *_OTHERS)
     )
@@ -90,14 +94,13 @@ class _Mover:
         with self.graph.graph.inserting_before(self.select):
             for node in self.demanded:
                 self._rows[node] = self._rebuilt(node)
-            return self._rows[self.select.args[0]]  # type: ignore[index]
+            return self._rows[argument(self.select, "self")]
 
     def _rebuilt(self, node: fx.Node) -> fx.Node:
-        args = fx.node.map_arg(node.args, self._selected)
-        kwargs = fx.node.map_arg(node.kwargs, self._selected)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._selected)
         if is_op(node, *_VIEWS):
-            args = (args[0], self._shape(node))
-        rebuilt = self.graph.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+            args, kwargs = (self._selected(argument(node, "self")), self._shape(node)), {}
+        rebuilt = self.graph.graph.create_node("call_function", node.target, args, kwargs)
         rebuilt.meta = dict(node.meta)
         rebuilt.meta["val"] = self.graph.evaluate(rebuilt)
         return rebuilt

@@ -24,7 +24,8 @@ def recognize_attention(graph: PackGraph) -> PassResult:
     result = PassResult("recognize_attention")
     for node in graph.graph.nodes:
         found = {name: match for name, rule in RECOGNIZERS.items() if (match := rule(graph, node)) is not None}
-        assert len(found) <= 1, f"{node} is claimed by {', '.join(found)}"
+        if len(found) > 1:
+            raise RuntimeError(f"{node} is claimed by {', '.join(found)}")
         for match in found.values():
             if isinstance(match, NoMatch):
                 raise NotPackable(match.refusal)
