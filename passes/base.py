@@ -116,6 +116,7 @@ class PackGraph:
         values: input name -> the tensor behind it, for reading tables and masks and for numerical proofs.
         parameters: the input names that stand for parameters, whose values training changes.
         max_positions: positions the model has tables for, or ``None`` if unlimited.
+        branches: choices that the model's code made on the row's length while it was captured.
         vocab_size: number of token ids the model has embeddings for, if known.
         sites: attention sites, filled by the recognize pass.
     """
@@ -128,6 +129,7 @@ class PackGraph:
     values: dict[str, torch.Tensor]
     parameters: frozenset[str] = frozenset()
     max_positions: int | None = None
+    branches: list[Refusal] = field(default_factory=list)
     vocab_size: int | None = None
     sites: list[Any] = field(default_factory=list)
 

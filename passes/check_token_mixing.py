@@ -39,6 +39,8 @@ def check_token_mixing(graph: PackGraph) -> PassResult:
             types.update(region.types())
         else:
             types[node] = kind
+    if graph.branches:
+        raise NotPackable(graph.branches[0])
     final = types[output_node(graph.graph)]
     if final != Tok(0):
         raise NotPackable(
@@ -55,5 +57,5 @@ def _proved_region(graph: PackGraph, node: fx.Node, why: Mixes, types: dict[fx.N
         if finding is None:
             return region
         findings.append(finding)
-    hint = findings[0] if findings else "if the op is token-wise, add its typing rule (passes/types.py says where)"
-    raise NotPackable(Refusal.at(node, why.reason, hint))
+    reason = "; ".join((why.reason, *findings[:1]))
+    raise NotPackable(Refusal.at(node, reason, "if the op is token-wise, passes/types.py says where its rule belongs"))

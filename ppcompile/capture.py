@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from .capture_checks import branches_on_length, nothing_escapes
 from .passes.base import NotPackable, PackGraph, Refusal
 
 __all__ = ["capture", "logits_of"]
@@ -87,12 +88,21 @@ def _export(model: nn.Module) -> ExportedProgram:
     # Dim.DYNAMIC, not a named Dim: a model with tables of N positions bounds T, which a named one calls an error.
     dynamic = ({1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC})
     try:
-        with _quiet(), _plain_attention(model):
+        with _quiet(), _plain_attention(model), _as_in_training(), nothing_escapes(model):
             return torch.export.export(_Captured(model), example, dynamic_shapes=dynamic, strict=False)
+    except NotPackable:
+        raise
     # torch.export has no common base class for what it raises; whatever it is, the model cannot be captured,
     # and the cause stays attached.
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         raise NotPackable(_export_refusal(error)) from error
+
+
+@contextlib.contextmanager
+def _as_in_training() -> Iterator[None]:
+    """Gradients on, so that the model's own ``no_grad`` regions leave a trace wherever ``wrap`` is called."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _export_refusal(error: Exception) -> Refusal:
@@ -139,6 +149,7 @@ def _lift(exported: ExportedProgram, model: nn.Module) -> PackGraph:
     longest = exported.range_constraints[length].upper
     if longest.is_Integer:
         graph.limit_positions(int(longest))
+    graph.branches = branches_on_length(exported, length)
     return graph
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -135,6 +136,13 @@ class PackedModel(nn.Module):
         return inputs
 
 
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+_NO_CONFIG = SimpleNamespace()
+
+
 def _state(model: nn.Module, name: str) -> Tensor:
     owner, _, leaf = name.rpartition(".")
     tensor: Tensor = getattr(model.get_submodule(owner), leaf)
@@ -142,10 +150,16 @@ def _state(model: nn.Module, name: str) -> Tensor:
 
 
 def _fingerprint(model: nn.Module) -> Hashable:
-    """All that a captured graph depends on besides the weights' values."""
-    modes = tuple((module.training, _adapters(module)) for module in model.modules())
-    state = tuple((name, t.dtype, t.device) for name, t in (*model.named_parameters(), *model.named_buffers()))
-    return modes, state, getattr(getattr(model, "config", None), "_attn_implementation", None)
+    """All that a captured graph depends on besides the parameters' values, as far as it can be seen from outside.
+
+    Buffers by version too: masks and tables in them were read when the graph was made.
+    """
+    modules = tuple(
+        (id(m), m.training, _adapters(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()
+    )
+    parameters = tuple((name, p.dtype, p.device) for name, p in model.named_parameters())
+    buffers = tuple((name, b.dtype, b.device, b.data_ptr(), _version(b)) for name, b in model.named_buffers())
+    return modules, parameters, buffers, repr(vars(getattr(model, "config", None) or _NO_CONFIG))
 
 
 def _adapters(module: nn.Module) -> Hashable:

@@ -1,0 +1,147 @@
+"""What a capture would lose without a word, and must therefore refuse.
+
+An exported graph holds tensors and operators. A branch on the row's length is taken once; a Python attribute that
+changes from call to call keeps its first value; a backward that is not the derivative of the forward (a custom
+``autograd.Function``, a tensor hook) is gone. Each of these is noticed here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+from unittest import mock
+
+import sympy
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from .passes.base import NotPackable, Refusal
+
+__all__ = ["branches_on_length", "nothing_escapes"]
+
+_LENGTHS = (*range(2, 130), *(2**n + d for n in range(8, 18) for d in (-1, 0, 1)))
+"""Row lengths at which a condition is tried; it must hold at all of them to be no condition."""
+
+
+# --------------------------------------------------------------------------- branches on the row's length
+
+
+def branches_on_length(exported: ExportedProgram, length: sympy.Symbol) -> list[Refusal]:
+    """Conditions on the number of tokens that the model's code met, other than "at most N tokens".
+
+    The graph holds the branch that was taken for the example's length; sequences of another length take another one.
+    """
+    ids = next(node for node in exported.graph.nodes if node.name == "input_ids")
+    guards = ids.meta["val"].fake_mode.shape_env.guards
+    conditions = [guard for guard in guards if length in guard.expr.free_symbols]
+    longest = [bound for guard in conditions if (bound := _upper_bound(guard.expr, length)) is not None]
+    found = []
+    for guard in conditions:
+        # At exactly N tokens a slice of a table of N rows is the table itself, which export tells apart.
+        whole_table = any(guard.expr == sympy.Ne(length, bound) for bound in longest)
+        if (
+            _upper_bound(guard.expr, length) is None
+            and not whole_table
+            and not _always_holds(guard.expr, length, longest)
+        ):
+            found.append(_branch(guard.expr, length, str(guard.sloc)))
+    return found
+
+
+def _upper_bound(condition: Any, length: sympy.Symbol) -> int | None:
+    """``N`` if the condition says ``T <= N``."""
+    if isinstance(condition, sympy.Le) and condition.lhs == length and condition.rhs.is_Integer:
+        return int(condition.rhs)
+    if isinstance(condition, sympy.Lt) and condition.lhs == length and condition.rhs.is_Integer:
+        return int(condition.rhs) - 1
+    return None
+
+
+def _always_holds(condition: Any, length: sympy.Symbol, longest: list[int]) -> bool:
+    limit = min(longest, default=_LENGTHS[-1])
+    return all(condition.subs(length, n) == sympy.true for n in _LENGTHS if n <= limit)
+
+
+def _branch(condition: Any, length: sympy.Symbol, where: str) -> Refusal:
+    text = str(condition).replace(str(length), "T")
+    reason = f"the model's code asks whether {text} of its row of T tokens, and a pack holds sequences of many lengths"
+    return Refusal(
+        reason, op="a branch on the row's length", source=where, hint="make the code the same for all lengths"
+    )
+
+
+# --------------------------------------------------------------------------- what leaves no operator behind
+
+
+@contextlib.contextmanager
+def nothing_escapes(model: nn.Module) -> Iterator[None]:
+    """Refuse, while ``model`` is captured, what would be missing in the graph.
+
+    Raises:
+        NotPackable: a custom ``autograd.Function``, a tensor hook, an inference-mode region, or a Python number on a
+            module that the forward changes.
+    """
+    before = _python_state(model)
+    custom = "a custom autograd.Function, whose backward is not in the captured graph"
+    hook = "a hook on a tensor, which would not run in the captured graph"
+    inference = "an inference-mode region inside the model, which the captured graph cannot tell from any other"
+    with (
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(_refuse_function(custom))),
+        mock.patch.object(torch.Tensor, "register_hook", _refuser(hook)),
+        mock.patch.object(torch.inference_mode, "__enter__", _refuse_inference(inference)),
+    ):
+        yield
+    after = _python_state(model)
+    for name in before:
+        if after.get(name) != before[name]:
+            module, _, attribute = name.rpartition(".")
+            reason = f"the forward pass changes {attribute!r} from {before[name]} to {after.get(name)}"
+            raise NotPackable(Refusal(reason, module, op="assignment", hint="keep no state between forwards"))
+
+
+def _refuse_function(reason: str) -> Callable[..., Any]:
+    original = torch.autograd.Function.__dict__["apply"].__func__
+    refuse = _refuser(reason)
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        own = cls.__module__.startswith("torch.")  # torch's own, such as checkpointing, are known to export
+        return original(cls, *args, **kwargs) if own else refuse()
+
+    return apply
+
+
+def _refuse_inference(reason: str) -> Callable[..., Any]:
+    original, refuse = torch.inference_mode.__enter__, _refuser(reason)
+    # Switching it off, as torch does itself, loses nothing.
+    return lambda region: refuse() if region.mode else original(region)
+
+
+def _refuser(reason: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        frames = itertools.islice(_callers(), 2, 14)
+        source = next((frame for frame in frames if "/torch/" not in frame and "unittest" not in frame), "")
+        raise NotPackable(Refusal(reason, op="torch.autograd", source=source))
+
+    return refuse
+
+
+def _callers() -> Iterator[str]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+
+
+def _python_state(model: nn.Module) -> dict[str, Any]:
+    """Plain numbers, texts and flags on the modules, by dotted name."""
+    found = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, (bool, int, float, str)) and name != "training":
+                found[f"{path}.{name}"] = value
+    return found
