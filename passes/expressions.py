@@ -218,8 +218,8 @@ def simplify(expr: Expr, relation: Relation | None = None) -> Expr:
     memo: dict[Expr, Expr] = {}
 
     def visit(node: Expr) -> Expr:
-        if relation == "self" and node == Var("k"):
-            return Var("q")
+        if relation == "self" and isinstance(node, Var):  # the same position of the same sequence is the same slot
+            return {Var("k"): Var("q"), Var("j"): Var("i")}.get(node, node)
         if not isinstance(node, Op):
             return node
         if node not in memo:
@@ -261,7 +261,8 @@ def _evaluate(expr: Op) -> Expr:
         values = [torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None) for value in values]
         values = [value.to(torch.result_type(values[0], values[-1])) for value in values]
     result = OPS[expr.name](*values)
-    return Const(result.item() if isinstance(result, torch.Tensor) else result)
+    number = result.item() if isinstance(result, torch.Tensor) else result
+    return expr if number != number else Const(number)  # programs have no word for NaN
 
 
 def _fold_comparison(expr: Op, relation: Relation | None) -> Expr:
@@ -436,8 +437,24 @@ def _split_sum(expr: Op) -> tuple[Expr, Expr]:
     if expr.name == "sub":
         a, b = a, _negative(b)
     (seen_a, score_a), (seen_b, score_b) = split_mask(a), split_mask(b)
+    if (seen_a != _SHOWN and _may_be_large(b)) or (seen_b != _SHOWN and _may_be_large(a)):
+        return _SHOWN, expr  # what one side hides the other may lift again
     name, right = (expr.name, expr.args[1]) if seen_b == _SHOWN else ("add", score_b)
     return _both(seen_a, seen_b), _fold(Op(name, (score_a, right)), None)
+
+
+def _may_be_large(expr: Expr) -> bool:
+    """True if a constant in ``expr`` could make up for one that hides; positions and scores are taken to be small."""
+    if isinstance(expr, Const):
+        return not expr.value < -_HIDING / 10
+    if not isinstance(expr, Op) or is_bool(expr) or expr.name == "at":
+        return False
+    if expr.name == "neg" and isinstance(expr.args[0], Op):
+        return True
+    inner = expr.args[1:] if expr.name == "where" else expr.args
+    if expr.name == "sub":
+        return _may_be_large(inner[0]) or _may_be_large(_negative(inner[1]))
+    return any(_may_be_large(arg) for arg in inner)
 
 
 def _negative(expr: Expr) -> Expr:
