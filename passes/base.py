@@ -311,10 +311,15 @@ def _function(node: fx.Node) -> Callable[..., Any]:
 
 def run_node(node: fx.Node, values: Mapping[fx.Node, Any], **overrides: Any) -> Any:
     """Call ``node``'s op on real ``values``; ``overrides`` replace keywords that it was given."""
+    with torch.no_grad():
+        return call_node(node, values, **overrides)
+
+
+def call_node(node: fx.Node, values: Mapping[fx.Node, Any], **overrides: Any) -> Any:
+    """:func:`run_node` in the caller's grad mode."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
     kwargs = {name: overrides.get(name, value) for name, value in kwargs.items()}
-    with torch.no_grad():
-        return _function(node)(*args, **kwargs)
+    return _function(node)(*args, **kwargs)
 
 
 def is_op(node: Any, *names: str) -> bool:

@@ -7,6 +7,7 @@ must leave the others' results as they were, also where all tokens choose the sa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .base import PackGraph, is_mutable, is_op, is_size, may_alias, operands, run_node
+from .base import PackGraph, call_node, is_mutable, is_op, is_size, may_alias, operands
+from .dispatch import foreign_op
 from .types import Const, Tok, TokenType
 
 __all__ = ["Region", "enclosing_regions", "prove_token_wise"]
 
 _TOKENS = (7, 64, 300)
+_SCALES = (1.0, 30.0)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
@@ -107,16 +110,35 @@ def _overwrites_outside(node: fx.Node, members: set[fx.Node]) -> bool:
 
 def prove_token_wise(graph: PackGraph, region: Region) -> str | None:
     """None if the region treats each token by itself, otherwise what was found."""
+    if (stranger := foreign_op(graph, region.nodes)) is not None:
+        return f"{region.path} is no expert dispatch either: {stranger}"
     if any(v.device.type == "meta" for n in region.other_inputs if (v := graph.values.get(n.name)) is not None):
         return None if _is_registered_dispatch(region) else "the weights are on the meta device, so nothing can be run"
-    run = _runner(graph, region)
-    for seed, count in enumerate(_TOKENS):
-        for alike in (False, True):
-            inputs = _random_tokens(region, count, seed, alike)
-            finding = _compare(region, run, inputs, count, seed)
-            if finding is not None:
-                return finding
+    # Weights at random too: a gate that starts at zero would hide what training will let through.
+    for weights in (_present_weights(graph, region), _random_weights(graph, region)):
+        run = _runner(graph, region, weights)
+        for seed, (count, scale) in enumerate(itertools.product(_TOKENS, _SCALES)):
+            for alike in (False, True):
+                finding = _compare(region, run, _random_tokens(region, count, seed, alike, scale), count, seed)
+                if finding is not None:
+                    return finding
     return None
+
+
+def _present_weights(graph: PackGraph, region: Region) -> dict[fx.Node, Tensor]:
+    return {n: graph.values[n.name].detach() for n in region.other_inputs if not is_size(n)}
+
+
+def _random_weights(graph: PackGraph, region: Region) -> dict[fx.Node, Tensor]:
+    """Normal parameters that keep activations near one; buffers and constants as they are."""
+    weights = _present_weights(graph, region)
+    for seed, node in enumerate(weights):
+        if node.name in graph.parameters and weights[node].is_floating_point():
+            value = weights[node]
+            generator = torch.Generator().manual_seed(seed)
+            drawn = torch.randn(value.shape, generator=generator) / max(1.0, value.shape[-1]) ** 0.5
+            weights[node] = drawn.to(value.device, value.dtype)
+    return weights
 
 
 def _is_registered_dispatch(region: Region) -> bool:
@@ -124,7 +146,7 @@ def _is_registered_dispatch(region: Region) -> bool:
     return any("grouped_mm" in str(node.target) for node in region.nodes)
 
 
-def _random_tokens(region: Region, count: int, seed: int, alike: bool) -> dict[fx.Node, Tensor]:
+def _random_tokens(region: Region, count: int, seed: int, alike: bool, scale: float) -> dict[fx.Node, Tensor]:
     """Normal inputs of ``count`` tokens; ``alike`` makes all tokens nearly equal, so that they crowd one expert."""
     inputs = {}
     for node, axis in region.token_inputs.items():
@@ -134,48 +156,82 @@ def _random_tokens(region: Region, count: int, seed: int, alike: bool) -> dict[f
         tokens = torch.randn(shape, generator=generator)
         if alike:
             tokens = tokens.select(axis, 0).unsqueeze(axis) + 1e-2 * tokens
-        inputs[node] = tokens.to(value.dtype)
+        inputs[node] = (scale * tokens).to(value.dtype)
     return inputs
 
 
-def _runner(graph: PackGraph, region: Region) -> Callable[[dict[fx.Node, Tensor], int], list[Tensor]]:
-    def value_of(node: fx.Node, count: int) -> Any:
-        value = node.meta["val"]
-        if isinstance(value, torch.SymInt):
-            return int(value.node.expr.subs({graph.length: count, graph.scored: count}))
-        return graph.values[node.name]
+Run = Callable[[dict[fx.Node, Tensor], int, "list[Tensor] | None"], "tuple[list[Tensor], list[Tensor]]"]
 
-    def run(tokens: dict[fx.Node, Tensor], count: int) -> list[Tensor]:
-        device = next((v.device for n in region.other_inputs if (v := graph.values.get(n.name)) is not None), None)
-        env: dict[fx.Node, Any] = {n: t.to(device) if device else t for n, t in tokens.items()}
-        env |= {n: value_of(n, count) for n in region.other_inputs}
-        for node in region.nodes:
-            env[node] = run_node(node, env)
-        return [env[n] for n in region.outputs]
+
+def _runner(graph: PackGraph, region: Region, weights: dict[fx.Node, Tensor]) -> Run:
+    """A function of tokens, their count and cotangents: the region's outputs, and gradients of tokens and weights."""
+    device = next((v.device for v in weights.values()), torch.device("cpu"))
+    sizes = {n: n.meta["val"] for n in region.other_inputs if is_size(n)}
+
+    def run(
+        tokens: dict[fx.Node, Tensor], count: int, cotangents: list[Tensor] | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        leaves = {n: t.detach().to(device) for n, t in (*tokens.items(), *weights.items())}
+        leaves = {n: t.requires_grad_(t.is_floating_point()) for n, t in leaves.items()}
+        env: dict[fx.Node, Any] = {n: t.clone() if n in tokens else t for n, t in leaves.items()}
+        env |= {n: _size_of(value, graph, count) for n, value in sizes.items()}
+        with torch.enable_grad():
+            for node in region.nodes:
+                env[node] = call_node(node, env)
+        outputs = [env[n] for n in region.outputs]
+        wanted = [t for t in leaves.values() if t.requires_grad]
+        differentiable = [n for n, t in enumerate(outputs) if t.requires_grad]
+        gradients: list[Tensor] = []
+        if differentiable and cotangents is not None:
+            over, of = [cotangents[n] for n in differentiable], [outputs[n] for n in differentiable]
+            found = torch.autograd.grad(of, wanted, over, allow_unused=True)
+            gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+        return [t.detach() for t in outputs], gradients
 
     return run
 
 
-def _compare(
-    region: Region,
-    run: Callable[[dict[fx.Node, Tensor], int], list[Tensor]],
-    inputs: dict[fx.Node, Tensor],
-    count: int,
-    seed: int,
-) -> str | None:
-    whole = run({n: t.clone() for n, t in inputs.items()}, count)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+def _size_of(value: Any, graph: PackGraph, count: int) -> Any:
+    if isinstance(value, torch.SymInt):
+        return int(value.node.expr.subs({graph.length: count, graph.scored: count}))
+    return value
+
+
+def _compare(region: Region, run: Run, inputs: dict[fx.Node, Tensor], count: int, seed: int) -> str | None:
+    """Permute the tokens, and leave some out: values and gradients of the others must not notice."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=generator)
+    whole, _ = run(inputs, count, None)
     for what, kept in (("permuted", order), ("left out", order[: max(2, count // 2)].sort().values)):
-        part = run({n: t.index_select(region.token_inputs[n], kept) for n, t in inputs.items()}, len(kept))
-        for (_, axis), all_of_it, some in zip(region.outputs.items(), whole, part, strict=True):
-            if not _same(all_of_it.index_select(axis, kept.to(all_of_it.device)), some):
-                return f"{region.path} as a whole is not token-wise either: its result changes when tokens are {what}"
+        part_of = {n: t.index_select(region.token_inputs[n], kept) for n, t in inputs.items()}
+        cotangents = [_cotangent(t, axis, kept, seed) for t, axis in zip(whole, region.outputs.values(), strict=True)]
+        kept = kept.to(whole[0].device)
+        chosen = [c.index_select(axis, kept) for c, axis in zip(cotangents, region.outputs.values(), strict=True)]
+        _, of_whole = run(inputs, count, cotangents)
+        part, of_part = run(part_of, len(kept), chosen)
+        values = zip(region.outputs.values(), whole, part, strict=True)
+        if not all(_same(all_of_it.index_select(axis, kept), some) for axis, all_of_it, some in values):
+            return f"{region.path} as a whole is not token-wise either: its result changes when tokens are {what}"
+        axes = [axis for n, axis in region.token_inputs.items()]
+        expected = [g.index_select(axis, kept) for g, axis in zip(of_whole, axes, strict=False)] + of_whole[len(axes) :]
+        if not all(_same(a, b, loose=True) for a, b in zip(expected, of_part, strict=True)):
+            return f"{region.path} as a whole is not token-wise either: its gradient changes when tokens are {what}"
     return None
 
 
-def _same(wanted: Tensor, found: Tensor) -> bool:
+def _cotangent(output: Tensor, axis: int, kept: Tensor, seed: int) -> Tensor:
+    """Random on the kept tokens, zero on the others: nothing may flow back to those or from them."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    drawn = torch.randn(output.shape, generator=generator).to(output.device)
+    mask = torch.zeros(output.shape[axis], device=output.device).index_fill(0, kept.to(output.device), 1.0)
+    shape = [-1 if n == axis else 1 for n in range(output.dim())]
+    return (drawn * mask.view(shape)).to(output.dtype if output.is_floating_point() else torch.float32)
+
+
+def _same(wanted: Tensor, found: Tensor, loose: bool = False) -> bool:
     """Equal up to rounding; NaN is equal to nothing, so a region that cannot be run on random tokens is refused."""
     if wanted.shape != found.shape or not wanted.is_floating_point():
         return torch.equal(wanted, found)
     scale = wanted.abs().max().clamp_min(1e-6)
-    return bool((wanted - found).abs().max() <= _TOLERANCE.get(found.dtype, 0.0) * scale)
+    tolerance = _TOLERANCE.get(found.dtype, 0.0) * (10 if loose else 1)  # gradients sum over tokens
+    return bool((wanted - found).abs().max() <= tolerance * scale)

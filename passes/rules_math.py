@@ -13,13 +13,16 @@ __all__ = ["FILLS", "normalization", "pointwise"]
 
 FILLS = (
     "ones", "zeros", "full", "ones_like", "zeros_like", "full_like", "empty_like", "new_ones", "new_zeros", "new_full",
+    "fill",
 )  # fmt: skip
 """Ops that write one value everywhere, whatever tensor they take the shape from."""
 
 _BY_ELEMENT = (
     "where", "masked_fill", "_to_copy", "dropout", "native_dropout", "contiguous", "clone", "detach", "alias",
     "lift_fresh_copy", "relu", "silu", "gelu", "softplus", "clamp", "rsub", "nan_to_num", "hardswish", "leaky_relu",
-    "elu", "mish", "log_sigmoid", "hardtanh", "relu6", "selu", "celu", "square", "isnan", "isinf",
+    "elu", "mish", "log_sigmoid", "hardtanh", "relu6", "selu", "celu", "square", "isnan", "isinf", "floor_divide",
+    "divide", "multiply", "subtract", "greater", "greater_equal", "less", "less_equal", "not_equal", "absolute", "negative",
+    "__and__", "__or__", "__xor__",
 )  # fmt: skip
 """Pointwise ops that torch does not tag as such in every version or overload."""
 
@@ -190,6 +193,13 @@ def _product_with_vector(a: TokenType, b: TokenType, ranks: tuple[int, int]) -> 
     if ranks[1] == 1 and isinstance(a, Tok) and b == Const() and a.axis < ranks[0] - 1:
         return a
     return Mixes("a product of tokens with a vector of tokens")
+
+
+@rule("outer", "ger")
+def outer(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
+    """Every pair of two vectors, one of them of tokens."""
+    found = [axis for axis, vector in enumerate(operands(node)[:2]) if isinstance(types[vector], Tok)]
+    return Tok(found[0]) if len(found) == 1 else Mixes("products of tokens with other tokens")
 
 
 @rule("convolution", "conv1d", "conv2d", "conv_transpose1d")

@@ -97,10 +97,10 @@ def nothing_escapes(model: nn.Module) -> Iterator[None]:
     ):
         yield
     after = _python_state(model)
-    for name in before:
-        if after.get(name) != before[name]:
+    for name, value in after.items():
+        if name not in before or before[name] != value:
             module, _, attribute = name.rpartition(".")
-            reason = f"the forward pass changes {attribute!r} from {before[name]} to {after.get(name)}"
+            reason = f"the forward pass changes {attribute!r} from {before.get(name, 'unset')} to {value}"
             raise NotPackable(Refusal(reason, module, op="assignment", hint="keep no state between forwards"))
 
 
