@@ -21,8 +21,8 @@ _BY_ELEMENT = (
     "where", "masked_fill", "_to_copy", "dropout", "native_dropout", "contiguous", "clone", "detach", "alias",
     "lift_fresh_copy", "relu", "silu", "gelu", "softplus", "clamp", "rsub", "nan_to_num", "hardswish", "leaky_relu",
     "elu", "mish", "log_sigmoid", "hardtanh", "relu6", "selu", "celu", "square", "isnan", "isinf", "floor_divide",
-    "divide", "multiply", "subtract", "greater", "greater_equal", "less", "less_equal", "not_equal", "absolute", "negative",
-    "__and__", "__or__", "__xor__",
+    "divide", "multiply", "subtract", "greater", "greater_equal", "less", "less_equal", "not_equal", "absolute",
+    "negative", "__and__", "__or__", "__xor__",
 )  # fmt: skip
 """Pointwise ops that torch does not tag as such in every version or overload."""
 

@@ -1,0 +1,127 @@
+"""Expert layers are proved token-wise as a whole; a dispatch that lets tokens feel each other is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+import ppcompile
+from ppcompile.passes.base import NotPackable
+from ppcompile.verification import unpacked_logps
+
+WIDTH, EXPERTS = 16, 4
+
+
+class Experts(nn.Module):
+    """Sorts tokens by expert, multiplies, puts them back; ``drop`` and ``weigh`` spoil it on purpose."""
+
+    def __init__(self, dispatch: Callable[[Experts, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.up = nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH))
+        self.dispatch = dispatch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dispatch(self, x[0])[None]
+
+
+def apply_experts(m: Experts, x: Tensor, expert: Tensor) -> Tensor:
+    """``[T, C]`` and the expert of each token -> ``[T, C]``, tokens sorted by expert on the way."""
+    order = expert.argsort(stable=True)
+    sorted_x, sorted_expert = x[order], expert[order]
+    out = torch.bmm(sorted_x[:, None], m.up[sorted_expert])[:, 0]
+    return torch.zeros_like(x).index_put((order,), out)
+
+
+def sorted_dispatch(m: Experts, x: Tensor) -> Tensor:
+    weight, expert = m.router(x).softmax(-1).max(-1)
+    return apply_experts(m, x, expert) * weight[:, None]
+
+
+def added_in_place(m: Experts, x: Tensor) -> Tensor:
+    expert = m.router(x).argmax(-1)
+    order = expert.argsort()
+    out = torch.zeros_like(x)
+    out.index_add_(0, order, torch.bmm(x[order][:, None], m.up[expert[order]])[:, 0])
+    return out
+
+
+def capacity(m: Experts, x: Tensor) -> Tensor:
+    """Drops the tokens of an expert beyond the twentieth: whether a token is dropped depends on those before it."""
+    expert = m.router(x).argmax(-1)
+    place = torch.nn.functional.one_hot(expert, EXPERTS).cumsum(0).gather(1, expert[:, None])
+    return apply_experts(m, x, expert) * (place <= 20)
+
+
+def normalized_over_the_row(m: Experts, x: Tensor) -> Tensor:
+    score = m.router(x)
+    weight = score.exp() / score.exp().sum(0, keepdim=True)
+    return apply_experts(m, x, score.argmax(-1)) * weight.amax(-1, keepdim=True)
+
+
+def neighbours(m: Experts, x: Tensor) -> Tensor:
+    expert = m.router(x).argmax(-1)
+    return apply_experts(m, x, expert) + x[(expert.argsort() - 1).clamp(min=0)]
+
+
+def jittered(m: Experts, x: Tensor) -> Tensor:
+    return apply_experts(m, x, (m.router(x) + torch.rand(x.shape[0], EXPERTS)).argmax(-1))
+
+
+def not_a_number(m: Experts, x: Tensor) -> Tensor:
+    """NaN for every token: equal to nothing, so nothing is proved."""
+    return apply_experts(m, x, m.router(x).argmax(-1)) + (x.sort(0).values * 0 - 1).sqrt()
+
+
+def overwrites_its_input(m: Experts, x: Tensor) -> Tensor:
+    expert = m.router(x).argmax(-1)
+    y = apply_experts(m, x, expert)
+    x.index_copy_(0, expert.argsort(), x * 2)
+    return y
+
+
+class Model(nn.Module):
+    def __init__(self, dispatch: Callable[[Experts, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.words, self.experts = nn.Embedding(zoo.VOCABULARY, WIDTH), Experts(dispatch)
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, zoo.VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        y = self.experts(x)
+        return self.head(self.norm(x + y))
+
+
+def assert_exact(model: nn.Module) -> None:
+    packed = ppcompile.wrap(model)
+    generator = torch.Generator().manual_seed(0)
+    ids = lambda n: torch.randint(3, zoo.VOCABULARY, (n,), generator=generator).tolist()  # noqa: E731
+    batch = ppcompile.pack([ppcompile.Group(ids(30), [ids(9), ids(5)]), ppcompile.Group(ids(3), [ids(4)])])
+    torch.testing.assert_close(packed(batch).token_logps, unpacked_logps(model, batch), rtol=0, atol=2e-5)
+    (stage,) = (stage for stage in packed.compiled().stages if stage.name == "check_token_mixing")
+    assert stage.result.matched
+
+
+@pytest.mark.parametrize("dispatch", [sorted_dispatch, added_in_place])
+def test_dispatch_is_proved(dispatch: Callable[[Experts, Tensor], Tensor]) -> None:
+    assert_exact(zoo.sharpen(Model(dispatch)).eval())
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_mixtral(implementation: str) -> None:
+    model = zoo._transformers("mixtral", num_local_experts=4, num_hidden_layers=1)()
+    model.set_experts_implementation(implementation)
+    assert_exact(model)
+
+
+@pytest.mark.parametrize(
+    "dispatch", [capacity, normalized_over_the_row, neighbours, jittered, not_a_number, overwrites_its_input]
+)
+def test_tokens_that_feel_each_other_are_refused(dispatch: Callable[[Experts, Tensor], Tensor]) -> None:
+    with pytest.raises(NotPackable) as caught:
+        ppcompile.wrap(zoo.sharpen(Model(dispatch)).eval())
+    assert caught.value.refusal.module.startswith("experts")
