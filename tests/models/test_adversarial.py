@@ -1,7 +1,7 @@
 """Models built to be packed wrongly: each must be exact, value and gradient, or be refused by ``wrap``.
 
 ``TRAPS`` are models that were accepted and wrong at some time, by cause; either answer will do for them.
-``STILL_WRONG`` names those that are wrong today: a fix turns their ``xfail`` into a failure, and takes the name off.
+All of ``TRAPS`` were accepted and wrong once.
 """
 
 from __future__ import annotations
@@ -533,15 +533,6 @@ TRAPS: dict[str, dict[str, Build]] = {
     },
 }  # fmt: skip
 
-STILL_WRONG = {
-    "convolution_that_starts_at_zero",
-    "mean_that_starts_at_zero",
-    "mixes_only_backward",
-    "scaled_by_a_large_maximum",
-    "counts_its_calls",
-    "experts_that_overflow",
-}
-
 LONG: dict[str, tuple[Build, int]] = {
     "experts_that_overflow": (small(embed=lambda m, x, ids: x + m.experts(x), experts=Experts(310)), 330),
     "few_places": (lambda: zoo.sharpen(FewPlaces()).eval(), 600),
@@ -568,17 +559,9 @@ def test_refused(name: str) -> None:
         ppcompile.wrap(REFUSED[name]())
 
 
-def marks(name: str, reason: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)] if name in STILL_WRONG else []
-
-
 @pytest.mark.parametrize(
     "build",
-    [
-        pytest.param(build, id=name, marks=marks(name, reason))
-        for reason, cases in TRAPS.items()
-        for name, build in cases.items()
-    ],
+    [pytest.param(build, id=name) for cases in TRAPS.values() for name, build in cases.items()],
 )
 def test_exact_or_refused(build: Build) -> None:
     assert_safe(start_gates_at_zero(build()))
@@ -586,7 +569,7 @@ def test_exact_or_refused(build: Build) -> None:
 
 @pytest.mark.parametrize(
     ("build", "prompt"),
-    [pytest.param(*case, id=name, marks=marks(name, "too long to be seen")) for name, case in LONG.items()],
+    [pytest.param(*case, id=name) for name, case in LONG.items()],
 )
 def test_exact_or_refused_beyond_the_lengths_looked_at(build: Build, prompt: int) -> None:
     assert_safe(build(), long_groups(prompt))
@@ -594,21 +577,18 @@ def test_exact_or_refused_beyond_the_lengths_looked_at(build: Build, prompt: int
 
 # --------------------------------------------------------------------------- neither exact nor refused: internal errors
 
-crashes = pytest.mark.xfail(strict=True, reason="an internal error instead of NotPackable, or of an exact result")
-
 
 @pytest.mark.parametrize(
     "build",
     [
-        pytest.param(small(attend=viewed), id="viewed_after_fused_attention", marks=crashes),
-        pytest.param(small(attend=grouped("inner", False)), id="five_axes_written_out", marks=crashes),
-        pytest.param(small(attend=grouped("outer", True)), id="five_axes_fused_outer", marks=crashes),
+        pytest.param(small(attend=viewed), id="viewed_after_fused_attention"),
+        pytest.param(small(attend=grouped("inner", False)), id="five_axes_written_out"),
+        pytest.param(small(attend=grouped("outer", True)), id="five_axes_fused_outer"),
         pytest.param(
             small(attend=lambda m, q, k, v: (scores(q[0], k[0]).softmax(-1) @ v[0])[None]),
             id="three_axes",
-            marks=crashes,
         ),
-        pytest.param(lambda: zoo.sharpen(MultiHead(True)).eval(), id="torch_multihead_with_weights", marks=crashes),
+        pytest.param(lambda: zoo.sharpen(MultiHead(True)).eval(), id="torch_multihead_with_weights"),
         pytest.param(small(attend=lambda m, q, k, v: scores(q[:, :1], k).softmax(-1) @ v), id="one_query_head"),
         pytest.param(small(mask=lambda m, L, ids: causal(m, L) & (distance(L) < L // 2)), id="window_by_length"),
         pytest.param(small(mask=lambda m, L, ids: causal(m, L).to(torch.uint8) == 1), id="uint8_mask"),
@@ -686,7 +666,6 @@ def train_with_dropout() -> nn.Module:
             train_with_dropout,
             lambda m: setattr(m.drop, "p", 0.0),
             id="dropout",
-            marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason="the fingerprint misses Dropout.p"),
         ),
     ],
 )
