@@ -129,6 +129,7 @@ ON_THE_FLY: dict[str, Function] = {
     "clip": lambda ids: places(ids).clip(max=7)[None] + places(ids)[:, None],
     "pointwise": lambda ids: torch.exp(-distance(ids).abs().float()).sqrt().tanh(),
     "token_flags": documents,
+    "token_order": lambda ids: ids[:, None, :, None].float() - 2 * ids[:, None, None, :],
     "token_flags_and_causal": lambda ids: documents(ids) & causal(ids),
 }
 

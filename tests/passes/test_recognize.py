@@ -331,10 +331,10 @@ def test_a_document_mask_of_running_counts_is_refused() -> None:
 
 
 def test_recognizers_only_read(captured: Any) -> None:
-    graph = captured(zoo.EXACT["gpt_oss"]())
+    graph = captured(zoo._transformers("gpt_oss", num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2)())
     before = graph.readable()
     result = recognize_attention(graph)
     assert graph.readable() == before
-    assert len(result.matched) == len(graph.sites) == 4
+    assert len(result.matched) == len(graph.sites) == 1
     assert all(isinstance(site, Site) for site in graph.sites)
     assert {site.spelling for site in graph.sites} == {"softmax"}

@@ -118,6 +118,14 @@ def test_mixtral(implementation: str) -> None:
     assert_exact(model)
 
 
+def test_a_loop_over_the_experts_that_were_hit_is_refused() -> None:
+    """How often it runs depends on the tokens: no graph can hold it."""
+    model = zoo._transformers("mixtral", num_local_experts=4, num_hidden_layers=1)()
+    model.set_experts_implementation("eager")
+    with pytest.raises(NotPackable, match="could not capture"):
+        ppcompile.wrap(model)
+
+
 @pytest.mark.parametrize(
     "dispatch", [capacity, normalized_over_the_row, neighbours, jittered, not_a_number, overwrites_its_input]
 )

@@ -149,6 +149,7 @@ MIXES: dict[str, Function] = {
     "permute_pairs": lambda x, w: (x[0] @ x[0].T).permute(1, 0),
     "expand_to_pairs": lambda x, w: x.expand(x.shape[1], -1, -1),
     "repeat_tokens": lambda x, w: x.repeat(1, 2, 1),
+    "repeat_by_length": lambda x, w: x.repeat(1, 1, x.shape[1]),
     "repeat_interleave": lambda x, w: x.repeat_interleave(2, dim=1),
     "slice": lambda x, w: x[:, 1:],
     "slice_by_keyword": lambda x, w: aten.slice(x, dim=1, start=1),
