@@ -47,6 +47,8 @@ _FUNCTIONAL = {
     "aten.tril_.default": torch.ops.aten.tril.default,
     "aten.clamp_.default": torch.ops.aten.clamp.default,
     "aten.dropout_.default": torch.ops.aten.dropout.default,
+    "aten.scatter_.src": torch.ops.aten.scatter.src,
+    "aten.scatter_.value": torch.ops.aten.scatter.value,
     "aten.fill_.Scalar": torch.ops.aten.fill.Scalar,
 }
 _ASSERTIONS = ("aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_constrain_range")
@@ -64,7 +66,14 @@ def canonicalize(graph: PackGraph) -> PassResult:
         if _is_assertion(node):
             graph.graph.erase_node(node)
             result.changed += 1
+    _drop_detached_constants(graph, result)
     _make_functional(graph, result)
+    for node in graph.graph.nodes:
+        if is_op(
+            node, "aten.view.default"
+        ):  # a view holds for the strides of the model's own kernels, a reshape for all
+            node.target = torch.ops.aten.reshape.default
+            result.changed += 1
     for node in list(graph.graph.nodes):
         source = _does_nothing(node)
         if source is not None:
@@ -73,6 +82,17 @@ def canonicalize(graph: PackGraph) -> PassResult:
             result.changed += 1
     graph.finish()
     return result
+
+
+def _drop_detached_constants(graph: PackGraph, result: PassResult) -> None:
+    """``torch.tensor(0.0)`` in a model's code is exported, by older torch, as a constant that is detached in place."""
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and is_op(node, "aten.detach_"):
+            source = operands(node)[0]
+            if source.name in graph.constants or is_op(source, "aten.lift_fresh_copy"):
+                node.replace_all_uses_with(source)
+                graph.graph.erase_node(node)
+                result.changed += 1
 
 
 def _is_assertion(node: fx.Node) -> bool:

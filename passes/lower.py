@@ -19,7 +19,7 @@ from typing import Any
 from torch import fx
 
 from ..runtime import ops
-from .base import PackGraph, PassResult, is_op, shape_of
+from .base import PackGraph, PassResult, shape_of
 from .site import Site
 
 __all__ = ["BACKENDS", "lower"]
@@ -45,7 +45,8 @@ def lower(graph: PackGraph, *, backend: str = "auto") -> PassResult:
     result = PassResult("lower")
     blocks: dict[int, list[fx.Node]] = {}
     for site in graph.sites:
-        attention = _attention_node(site.output)
+        assert site.attention is not None, "rewrite_attention runs before lower"
+        attention = site.attention
         site.backend, site.why = _choose(graph, attention, backend)
         attention.args = (*attention.args[:-1], site.backend)
         if site.backend == "flex":
@@ -81,14 +82,6 @@ def _unsupported(attention: fx.Node, backend: str, device: Any) -> str | None:
     return reason
 
 
-def _attention_node(node: fx.Node) -> fx.Node:
-    """Up from a site's output through the view back to the model's shape."""
-    current: Any = node
-    while not is_op(current, "ppcompile.prefix_attention"):
-        current = current.args[0]
-    return current  # type: ignore[no-any-return]
-
-
 def _to_flex(graph: PackGraph, site: Site, attention: fx.Node, blocks: dict[int, list[fx.Node]]) -> None:
     query, key, value, position_ids, subtree_end, _, captures, sinks, *how = attention.args
     window = site.meaning.window
@@ -101,8 +94,7 @@ def _to_flex(graph: PackGraph, site: Site, attention: fx.Node, blocks: dict[int,
         node = graph.graph.call_function(flex, arguments)  # type: ignore[arg-type]
     node.meta = dict(out.meta)
     out.replace_all_uses_with(node)
-    if site.output is out:
-        site.output = node
+    site.attention = node
 
 
 def _block_lists(graph: PackGraph, position_ids: Any, subtree_end: Any, window: int) -> list[fx.Node]:

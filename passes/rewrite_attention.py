@@ -47,7 +47,6 @@ def rewrite_attention(graph: PackGraph) -> PassResult:
         site.output.replace_all_uses_with(packed)
         result.matched.append(str(site))
         result.changed += 1
-        site.output = packed
     graph.finish()
     return result
 
@@ -68,6 +67,7 @@ def _packed_attention(graph: PackGraph, site: Site) -> fx.Node:
     layout = [graph.layout(name) for name in ("position_ids", "subtree_end", "segments")]
     how = (captures, site.sinks, site.meaning.scale, score, visible, site.meaning.window, "reference")
     both = graph.call(ops.prefix_attention._opoverload, (query, key, value, *layout, *how), like=site.output)
+    site.attention = both
     out = graph.item(both, 0)
     if len(wanted) == 4 and wanted[0] == 1:
         return out

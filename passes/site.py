@@ -77,7 +77,9 @@ class Site:
         key_is_transposed: ``key`` is ``[..., D, T]``.
         meaning: scale, score program, visibility.
         sinks: node with one logit per head, or ``None``.
-        heads: ``H``.
+        heads: ``H``; ``key_heads``: ``G``, once rewritten.
+        attention: the node that computes it in the packed graph, once rewritten.
+        backend, why: the backend that runs it, and the reason, once lowered.
     """
 
     spelling: str
@@ -90,13 +92,14 @@ class Site:
     heads: int
     sinks: fx.Node | None = None
     key_heads: int = 0
+    attention: fx.Node | None = None
     backend: str = ""
     why: str = ""
 
     @property
     def module(self) -> str:
         """Dotted path of the module that the attention is in."""
-        return module_path(self.output)
+        return module_path(self.attention or self.output)
 
     def __str__(self) -> str:
         grouped = f"/{self.key_heads}" if self.key_heads not in (0, self.heads) else ""

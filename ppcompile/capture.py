@@ -47,7 +47,23 @@ def logits_of(output: Any) -> Tensor:
 def call_model(model: nn.Module, input_ids: Tensor) -> Tensor:
     """``[1, L]`` token ids -> logits ``[1, L, V]``, the eager unpacked model as its user would call it."""
     accepts_cache = "use_cache" in inspect.signature(model.forward).parameters
-    return logits_of(model(input_ids, **({"use_cache": False} if accepts_cache else {})))
+    with _without_cache(model):
+        return logits_of(model(input_ids, **({"use_cache": False} if accepts_cache else {})))
+
+
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Wrappers such as peft's pass keywords on without naming them: there the configuration switches the cache off."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if not before:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before
 
 
 class _Captured(nn.Module):

@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 
 from .passes.base import NotPackable, Refusal
 
-__all__ = ["branches_on_length", "nothing_escapes"]
+__all__ = ["branches_on_length", "nothing_escapes", "python_state"]
 
 _LENGTHS = (*range(2, 130), *(2**n + d for n in range(8, 18) for d in (-1, 0, 1)))
 """Row lengths at which a condition is tried; it must hold at all of them to be no condition."""
@@ -78,30 +78,66 @@ def _branch(condition: Any, length: sympy.Symbol, where: str) -> Refusal:
 # --------------------------------------------------------------------------- what leaves no operator behind
 
 
+_BACKWARD_IS_THE_DERIVATIVE = ("transformers.models.bloom.modeling_bloom.GeLUFunction",)
+"""Custom functions whose backward was written out for speed and equals the derivative of their forward, so that
+nothing is lost; the gradients of these models are compared in the tests."""
+
+
 @contextlib.contextmanager
 def nothing_escapes(model: nn.Module) -> Iterator[None]:
-    """Refuse, while ``model`` is captured, what would be missing in the graph.
+    """Refuse, while ``model`` is captured, what would be missing in the graph; leave the modules as found.
 
     Raises:
-        NotPackable: a custom ``autograd.Function``, a tensor hook, an inference-mode region, or a Python number on a
-            module that the forward changes.
+        NotPackable: a custom ``autograd.Function``, a hook on gradients, an inference-mode region, or something that the
+            forward stores on a module.
     """
-    before = _python_state(model)
+    _refuse_backward_hooks(model)
     custom = "a custom autograd.Function, whose backward is not in the captured graph"
     hook = "a hook on a tensor, which would not run in the captured graph"
     inference = "an inference-mode region inside the model, which the captured graph cannot tell from any other"
+    before = {path: dict(vars(module)) for path, module in model.named_modules()}
     with (
         mock.patch.object(torch.autograd.Function, "apply", classmethod(_refuse_function(custom))),
         mock.patch.object(torch.Tensor, "register_hook", _refuser(hook)),
         mock.patch.object(torch.inference_mode, "__enter__", _refuse_inference(inference)),
     ):
-        yield
-    after = _python_state(model)
-    for name, value in after.items():
-        if name not in before or before[name] != value:
-            module, _, attribute = name.rpartition(".")
-            reason = f"the forward pass changes {attribute!r} from {before.get(name, 'unset')} to {value}"
-            raise NotPackable(Refusal(reason, module, op="assignment", hint="keep no state between forwards"))
+        try:
+            yield
+        finally:
+            changed = _restored(model, before)
+    for path, attribute in changed:
+        reason = f"the forward pass stores {attribute!r} on the module, which a captured graph would not do"
+        raise NotPackable(Refusal(reason, path, op="assignment", hint="keep no state between forwards"))
+
+
+def _restored(model: nn.Module, before: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """Put back what the forward assigned to modules, and name it: captured values are not to be kept."""
+    changed = []
+    for path, module in model.named_modules():
+        now = vars(module)
+        for name in [name for name, value in now.items() if _differs(value, before[path].get(name, _UNSET))]:
+            if name in before[path]:
+                now[name] = before[path][name]
+            else:
+                del now[name]
+            changed.append((path, name))
+    return changed
+
+
+_UNSET = object()
+
+
+def _differs(value: Any, before: Any) -> bool:
+    """True for a number, text or tensor that is another one; containers are rebuilt by the export itself."""
+    if isinstance(value, torch.Tensor):
+        return value is not before
+    return isinstance(value, (bool, int, float, str)) and (type(before) is not type(value) or before != value)
+
+
+def _refuse_backward_hooks(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise NotPackable(Refusal("a backward hook, which would not run in the captured graph", path, "hook"))
 
 
 def _refuse_function(reason: str) -> Callable[..., Any]:
@@ -110,7 +146,8 @@ def _refuse_function(reason: str) -> Callable[..., Any]:
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         own = cls.__module__.startswith("torch.")  # torch's own, such as checkpointing, are known to export
-        return original(cls, *args, **kwargs) if own else refuse()
+        known = f"{cls.__module__}.{cls.__qualname__}" in _BACKWARD_IS_THE_DERIVATIVE
+        return original(cls, *args, **kwargs) if own or known else refuse()
 
     return apply
 
@@ -137,7 +174,7 @@ def _callers() -> Iterator[str]:
         frame = frame.f_back
 
 
-def _python_state(model: nn.Module) -> dict[str, Any]:
+def python_state(model: nn.Module) -> dict[str, Any]:
     """Plain numbers, texts and flags on the modules, by dotted name."""
     found = {}
     for path, module in model.named_modules():

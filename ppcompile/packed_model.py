@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .capture_checks import python_state
 from .pipeline import Compiled, compile_model
 from .runtime.batch import PackedBatch
 
@@ -93,6 +94,10 @@ class PackedModel(nn.Module):
                 raise
             return getattr(self.unwrapped, name)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles carry the model; graphs are made again where they are needed."""
+        return _rebuilt, (self.unwrapped, self._backend, self._compile)
+
     def extra_repr(self) -> str:
         """Whose second face this is."""
         return f"packed {type(self.unwrapped).__name__}, backend={self._backend}"
@@ -143,6 +148,10 @@ def _version(tensor: Tensor) -> int:
 _NO_CONFIG = SimpleNamespace()
 
 
+def _rebuilt(model: nn.Module, backend: str, compiled: bool) -> PackedModel:
+    return PackedModel(model, backend=backend, compile=compiled)
+
+
 def _state(model: nn.Module, name: str) -> Tensor:
     owner, _, leaf = name.rpartition(".")
     tensor: Tensor = getattr(model.get_submodule(owner), leaf)
@@ -155,11 +164,13 @@ def _fingerprint(model: nn.Module) -> Hashable:
     Buffers by version too: masks and tables in them were read when the graph was made.
     """
     modules = tuple(
-        (id(m), m.training, _adapters(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()
+        (id(m), m.training, _adapters(m), *map(len, (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)))
+        for m in model.modules()
     )
     parameters = tuple((name, p.dtype, p.device) for name, p in model.named_parameters())
     buffers = tuple((name, b.dtype, b.device, b.data_ptr(), _version(b)) for name, b in model.named_buffers())
-    return modules, parameters, buffers, repr(vars(getattr(model, "config", None) or _NO_CONFIG))
+    settings = (repr(vars(getattr(model, "config", None) or _NO_CONFIG)), *python_state(model).items())
+    return modules, parameters, buffers, settings
 
 
 def _adapters(module: nn.Module) -> Hashable:

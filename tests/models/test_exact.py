@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import zoo
@@ -145,3 +148,28 @@ def test_verify_passes_and_leaves_the_model_as_found() -> None:
 
 def test_bfloat16_is_as_close_as_unpacked_batchings_are() -> None:
     assert ppcompile.verify(zoo.EXACT["llama"]().to(torch.bfloat16)).ok
+
+
+def test_copies_and_pickles_carry_the_model() -> None:
+    packed = ppcompile.wrap(zoo.EXACT["llama"]())
+    batch = ppcompile.pack(groups_of_all_shapes())
+    expected = packed(batch).logps
+    for again in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert again.unwrapped is not packed.unwrapped
+        torch.testing.assert_close(again(batch).logps, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers by an old name
+def test_lora_adapters_train_and_switch_off() -> None:
+    peft = pytest.importorskip("peft")
+    model = zoo.EXACT["llama"]()
+    batch = ppcompile.pack(groups_of_all_shapes())
+    plain = ppcompile.wrap(model)(batch).logps.detach()
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.0)
+    adapted = peft.get_peft_model(model, config).eval()
+    packed = ppcompile.wrap(adapted)
+    assert ppcompile.verify(packed, batch).ok
+    assert (packed(batch).logps - plain).abs().max() > 1e-2
+    with adapted.disable_adapter():
+        torch.testing.assert_close(packed(batch).logps.detach(), plain)
+    assert (packed(batch).logps - plain).abs().max() > 1e-2

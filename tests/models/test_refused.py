@@ -56,3 +56,29 @@ def test_control_flow_that_depends_on_data_is_refused_with_its_cause() -> None:
     with pytest.raises(ppcompile.NotPackable, match="could not capture") as caught:
         ppcompile.wrap(Branches())
     assert caught.value.__cause__ is not None
+
+
+def test_a_backward_hook_is_refused() -> None:
+    model = zoo.EXACT["plain_fused"]()
+    model.norm.register_full_backward_hook(lambda _module, grads, _out: (grads[0] * 0.1,))
+    with pytest.raises(ppcompile.NotPackable, match="a backward hook") as caught:
+        ppcompile.wrap(model)
+    assert caught.value.refusal.module == "norm"
+
+
+def test_a_capture_leaves_no_tensor_behind() -> None:
+    class Remembers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = zoo.PlainGPT()
+            self.cache: torch.Tensor | None = None
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            if self.cache is None or self.cache.shape[0] < ids.shape[1]:
+                self.cache = torch.arange(ids.shape[1])
+            return self.inner(ids) + self.cache[: ids.shape[1], None]
+
+    model = Remembers()
+    with pytest.raises(ppcompile.NotPackable):
+        ppcompile.wrap(model)
+    assert model.cache is None
