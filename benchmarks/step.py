@@ -155,7 +155,7 @@ def _report(console: Console, seconds: dict[str, list[float]], tokens: Tokens, m
 
 
 def _peak_memory(layout: str, arguments: list[str]) -> float:
-    """Peak resident memory, in MB, of a fresh process that runs one batch in one layout, above one that runs none."""
+    """Peak resident memory, in MB, that the batch of median length adds in one layout, in a fresh process."""
     command = [sys.executable, "-m", "benchmarks", "step", *arguments, "--memory-of", layout]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(json.loads(output.splitlines()[-1])["peak_mb"])
@@ -166,8 +166,8 @@ def _print_own_peak(layout: str, model: nn.Module, batches: list[Batch]) -> None
     small = [ppcompile.Group(g.prompt[:8], [r[:8] for r in g.responses]) for g in batches[0]]
     step(small).backward()  # compile and allocate gradients first
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    largest = max(batches, key=lambda batch: max(map(longest, batch)))
-    step(largest).backward()
+    typical = sorted(batches, key=lambda batch: max(map(longest, batch)))[len(batches) // 2]
+    step(typical).backward()
     print(json.dumps({"peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))
 
 

@@ -1,9 +1,9 @@
 """What an expert dispatch is made of.
 
-A region (``region.py``) is accepted as a whole after a numerical proof. Numbers alone can be fooled: by a mean over tokens
-behind a gate that starts at zero, by a maximum that random tokens never reach. So a region may hold only ops that sort, count,
-gather and scatter tokens, multiply them in groups, or act inside a token; whatever combines *values* along an axis as long as
-the row is foreign to a dispatch.
+A region (``region.py``) is accepted as a whole after a numerical proof. Numbers alone can be fooled: by a mean over
+tokens behind a gate that starts at zero, by a maximum that random tokens never reach. So a region may hold only ops
+that sort, count, gather and scatter tokens, multiply them in groups, or act inside a token; whatever combines *values*
+along an axis as long as the row is foreign to a dispatch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from .base import PackGraph, argument, is_size, op_family, op_name, operands, sh
 __all__ = ["foreign_op"]
 
 _MOVES = frozenset({
-    "arange", "sort", "argsort", "topk", "histc", "bincount", "one_hot", "nonzero", "index", "index_select", "index_put",
-    "index_put_", "index_add", "index_add_", "scatter", "scatter_", "scatter_add", "scatter_add_", "gather", "embedding",
+    "arange", "sort", "argsort", "topk", "histc", "bincount", "one_hot", "nonzero", "index", "index_select",
+    "index_put", "index_put_", "index_add", "index_add_", "scatter", "scatter_", "scatter_add", "scatter_add_",
+    "gather", "embedding",
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "permute", "t",
     "expand", "expand_as", "repeat", "repeat_interleave", "slice", "select", "narrow", "chunk", "split",
     "split_with_sizes", "unbind", "getitem", "cat", "stack", "pad", "to", "_to_copy", "type_as", "contiguous", "clone",

@@ -91,7 +91,7 @@ def _to_flex(graph: PackGraph, site: Site, attention: fx.Node, blocks: dict[int,
     arguments = (query, key, value, position_ids, subtree_end, blocks[window], captures, sinks, *how[:-1])
     (out,) = (user for user in attention.users if user.args[1] == 0)
     with graph.graph.inserting_before(attention):
-        node = graph.graph.call_function(flex, arguments)  # type: ignore[arg-type]
+        node = graph.graph.call_function(flex, arguments)
     node.meta = dict(out.meta)
     out.replace_all_uses_with(node)
     site.attention = node

@@ -8,7 +8,7 @@ must leave the others' results as they were, also where all tokens choose the sa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,7 +184,7 @@ def _runner(graph: PackGraph, region: Region, weights: dict[fx.Node, Tensor]) ->
         gradients: list[Tensor] = []
         if differentiable and cotangents is not None:
             over, of = [cotangents[n] for n in differentiable], [outputs[n] for n in differentiable]
-            found = torch.autograd.grad(of, wanted, over, allow_unused=True)
+            found: Sequence[Tensor | None] = torch.autograd.grad(of, wanted, over, allow_unused=True)
             gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
         return [t.detach() for t in outputs], gradients
 

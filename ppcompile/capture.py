@@ -56,7 +56,7 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
     """Wrappers such as peft's pass keywords on without naming them: there the configuration switches the cache off."""
     config = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
-    if not before:
+    if config is None or not before:
         yield
         return
     config.use_cache = False
@@ -110,7 +110,7 @@ def _export(model: nn.Module) -> ExportedProgram:
         raise
     # torch.export has no common base class for what it raises; whatever it is, the model cannot be captured,
     # and the cause stays attached.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise NotPackable(_export_refusal(error)) from error
 
 

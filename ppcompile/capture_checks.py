@@ -88,8 +88,8 @@ def nothing_escapes(model: nn.Module) -> Iterator[None]:
     """Refuse, while ``model`` is captured, what would be missing in the graph; leave the modules as found.
 
     Raises:
-        NotPackable: a custom ``autograd.Function``, a hook on gradients, an inference-mode region, or something that the
-            forward stores on a module.
+        NotPackable: a custom ``autograd.Function``, a hook on gradients, an inference-mode region, or something that
+            the forward stores on a module.
     """
     _refuse_backward_hooks(model)
     custom = "a custom autograd.Function, whose backward is not in the captured graph"

@@ -80,6 +80,7 @@ REFUSED: dict[str, Head] = {
     "fewer_words": lambda x, m: m.linear(x)[..., :50],
     "last_token": lambda x, m: m.linear(x)[:, -1:],
     "scrambled": lambda x, m: m.linear(x).transpose(1, 2).reshape(1, -1, zoo.VOCABULARY),
+    "words_first": lambda x, m: m.linear(x).view(1, zoo.VOCABULARY, -1),
     "two_products": lambda x, m: m.linear(x) + x @ m.weight,
     "product_with_itself": lambda x, m: x @ x.transpose(1, 2),
     "divided_by_length": lambda x, m: m.linear(x) / x.shape[1],

@@ -235,6 +235,11 @@ def log_sum_exp_returned(q: Tensor, k: Tensor, v: Tensor, m: nn.Module) -> Tenso
     return s.softmax(-1) @ v + s.logsumexp(-1, keepdim=True)
 
 
+def sinks_cut_from_the_wrong_side(q: Tensor, k: Tensor, v: Tensor, m: nn.Module) -> Tensor:
+    s = torch.cat([scores(q, k), m.sinks.view(1, -1, 1, 1).expand(1, -1, q.shape[2], 1)], -1)
+    return s.softmax(-1)[..., 1:] @ v
+
+
 def over_queries(q: Tensor, k: Tensor, v: Tensor, m: nn.Module) -> Tensor:
     return scores(q, k).transpose(-1, -2).softmax(-2).transpose(-1, -2) @ v + scores(q, k).softmax(-2) @ v
 
@@ -294,7 +299,7 @@ def dropout_of_weights(q: Tensor, k: Tensor, v: Tensor, m: nn.Module) -> Tensor:
 REFUSED: dict[str, Attend] = {
     f.__name__: f
     for f in (
-        weights_returned, log_sum_exp_returned, over_queries, shifted_by_the_key, weights_transposed,
+        weights_returned, log_sum_exp_returned, sinks_cut_from_the_wrong_side, over_queries, shifted_by_the_key, weights_transposed,
         heads_of_weights_swapped, two_products, stopped_gradient, off_by_one, pooled_keys, not_own,
         capped_after_the_mask, scaled_by_length, dropout_of_scores, dropout_of_weights,
     )
