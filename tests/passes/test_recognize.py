@@ -299,7 +299,8 @@ def dropout_of_weights(q: Tensor, k: Tensor, v: Tensor, m: nn.Module) -> Tensor:
 REFUSED: dict[str, Attend] = {
     f.__name__: f
     for f in (
-        weights_returned, log_sum_exp_returned, sinks_cut_from_the_wrong_side, over_queries, shifted_by_the_key, weights_transposed,
+        weights_returned, log_sum_exp_returned, sinks_cut_from_the_wrong_side, over_queries, shifted_by_the_key,
+        weights_transposed,
         heads_of_weights_swapped, two_products, stopped_gradient, off_by_one, pooled_keys, not_own,
         capped_after_the_mask, scaled_by_length, dropout_of_scores, dropout_of_weights,
     )
