@@ -48,7 +48,7 @@ def test_nothing_that_runs_is_quadratic(name: str) -> None:
         loss = packed(batch).logps.sum()
         # torch.func, which pulls gradients back through score programs, cannot run under a dispatch mode;
         # tests/runtime/test_attention.py measures that part.
-        if all(site.meaning.score_class == "plain" for site in packed.compiled().graph.sites):
+        if name in ("llama", "mistral"):  # neither score programs nor a head program
             loss.backward()
     assert batch.num_slots > 4000
     assert seen.elements < batch.num_slots**2 / 4, seen.where
@@ -78,4 +78,5 @@ def test_sinks_and_windows_of_gpt_oss() -> None:
 
 def test_alibi_is_a_score_of_head_and_position() -> None:
     sites = ppcompile.wrap(zoo.EXACT["bloom"]()).compiled().graph.sites
-    assert {site.meaning.score_class for site in sites} == {"add(s, mul(at(c0, h), k))"}
+    (score,) = {site.meaning.score_class for site in sites}
+    assert score in ("add(s, mul(at(c0, h), k))", "add(s, mul(at(c0, h), sub(add(k, 1), 1)))")  # older transformers

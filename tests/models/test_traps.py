@@ -125,7 +125,9 @@ def test_8_padding_attends_to_itself(name: str) -> None:
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_9_the_model_as_configured_is_the_reference(cap: float | None) -> None:
     """A softcap, a custom mask, sinks: whatever the user's own configuration says, no more and no less."""
-    model = zoo._transformers("gemma2", attn_logit_softcapping=cap, query_pre_attn_scalar=8)()
+    model = zoo._transformers(
+        "gemma2", attn_logit_softcapping=cap, query_pre_attn_scalar=8, attn_implementation="eager"
+    )()
     assert_exact(model, pair())
     score = ppcompile.wrap(model).compiled().graph.sites[0].meaning.score_class
     assert ("tanh" in score) is (cap is not None)
