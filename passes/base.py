@@ -158,6 +158,10 @@ class PackGraph:
         """True if ``size`` is the number of scored slots, U."""
         return isinstance(size, torch.SymInt) and size.node.expr == self.scored
 
+    def view_sizes(self, node: fx.Node) -> list[int]:
+        """``node``'s shape as a reshape takes it: the axis of tokens is left to be inferred."""
+        return [-1 if self.is_length(size) else int(size) for size in shape_of(node)]
+
     def limit_positions(self, count: int) -> None:
         """Positions from ``count`` on are known not to work, or not known to."""
         self.max_positions = count if self.max_positions is None else min(self.max_positions, count)

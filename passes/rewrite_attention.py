@@ -71,8 +71,7 @@ def _packed_attention(graph: PackGraph, site: Site) -> fx.Node:
     out = graph.item(both, 0)
     if len(wanted) == 4 and wanted[0] == 1:
         return out
-    shape = [-1 if graph.is_length(size) else int(size) for size in wanted]
-    return graph.call(aten.reshape.default, (out, shape), like=site.output)
+    return graph.call(aten.reshape.default, (out, graph.view_sizes(site.output)), like=site.output)
 
 
 def _transposed(graph: PackGraph, node: fx.Node) -> fx.Node:

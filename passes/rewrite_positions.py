@@ -76,8 +76,7 @@ def _affine(graph: PackGraph, node: fx.Node, value: Expr) -> fx.Node | None:
     slope, start, dtype = form.get("q", 0), form.get("", 0), node.meta["val"].dtype
     if slope != int(slope) or start != int(start):
         return None
-    shape = [-1 if graph.is_length(size) else int(size) for size in shape_of(node)]
-    steps: list[tuple[Any, ...]] = [(aten.reshape.default, shape)]
+    steps: list[tuple[Any, ...]] = [(aten.reshape.default, graph.view_sizes(node))]
     if slope != 1:
         steps.append((aten.mul.Scalar, int(slope)))
     if start != 0:

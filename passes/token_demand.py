@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .base import PackGraph, PassResult, argument, is_op, module_path, op_family, shape_of
+from .base import PackGraph, PassResult, argument, is_op, module_path, op_family
 from .infer import infer, input_types
 from .rules_math import cast, normalization, pointwise
 from .types import RULES, Mixes, Tok, TokenType
@@ -99,7 +99,7 @@ class _Mover:
     def _rebuilt(self, node: fx.Node) -> fx.Node:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._selected)
         if is_op(node, *_VIEWS):
-            args, kwargs = (self._selected(argument(node, "self")), self._shape(node)), {}
+            args, kwargs = (self._selected(argument(node, "self")), self.graph.view_sizes(node)), {}
         rebuilt = self.graph.graph.create_node("call_function", node.target, args, kwargs)
         rebuilt.meta = dict(node.meta)
         rebuilt.meta["val"] = self.graph.evaluate(rebuilt)
@@ -112,7 +112,3 @@ class _Mover:
         predecessors = self.graph.layout("predecessors")
         self._rows[source] = self.graph.call(aten.index_select.default, (source, kind.axis, predecessors), like=source)
         return self._rows[source]
-
-    def _shape(self, node: fx.Node) -> list[int]:
-        """The view's shape with the token axis left to be inferred."""
-        return [-1 if self.graph.is_length(size) else int(size) for size in shape_of(node)]
