@@ -17,17 +17,21 @@ if TYPE_CHECKING:
     from .packed_model import PackedOutput as PackedOutput
     from .packed_model import wrap as wrap
     from .passes.base import NotPackable as NotPackable
-    from .runtime.batch import Group as Group
     from .runtime.batch import PackedBatch as PackedBatch
+    from .runtime.batch import StepTotals as StepTotals
     from .runtime.batch import pack as pack
+    from .runtime.groups import Group as Group
+    from .runtime.groups import Rollout as Rollout
     from .verification import verify as verify
 
 _HOMES = {
-    "Group": "runtime.batch",
+    "Group": "runtime.groups",
     "NotPackable": "passes.base",
     "PackedBatch": "runtime.batch",
     "PackedModel": "packed_model",
     "PackedOutput": "packed_model",
+    "Rollout": "runtime.groups",
+    "StepTotals": "runtime.batch",
     "pack": "runtime.batch",
     "verify": "verification",
     "wrap": "packed_model",

@@ -169,15 +169,14 @@ def unpacked_logps(model: nn.Module, batch: PackedBatch, *, extend: int = 0) -> 
             matrix products have another shape: a second unpacked batching.
     """
     found = []
-    for sequence, prompt, length in zip(
-        batch.sequences(), batch.prompt_lengths.tolist(), batch.lengths.tolist(), strict=True
-    ):
+    scored_positions = batch.scored_positions.split(batch.lengths.tolist())
+    for sequence, positions in zip(batch.sequences(), scored_positions, strict=True):
         ids = torch.as_tensor(sequence, device=batch.device)[None]
         row = torch.cat([ids, ids[:, -1:].expand(1, extend)], dim=1) if extend else ids
-        logits = call_model(model, row)[0, prompt - 1 : prompt - 1 + length]
+        logits = call_model(model, row)[0, positions - 1]
         wide = torch.promote_types(logits.dtype, torch.float32)
         logps = logits.to(wide).log_softmax(-1)
-        found.append(logps.gather(1, ids[0, prompt : prompt + length, None])[:, 0])
+        found.append(logps.gather(1, ids[0, positions, None])[:, 0])
     return torch.cat(found)
 
 

@@ -1,8 +1,7 @@
-"""Groups, and packs of them: :func:`pack` turns prompts with responses into the tensors of one row.
+"""Packs: :func:`pack` turns groups of sequences into the tensors of one row.
 
-Shapes: ``T`` slots (padding included), ``S`` segments, ``G`` groups, ``R`` responses of all groups, ``M``
-scored tokens (the sum of the response lengths), ``U`` unique scored slots (``U < M`` where responses share
-words).
+Shapes: ``T`` slots (padding included), ``S`` segments, ``G`` groups, ``R`` responses (or rollouts) of all groups,
+``M`` scored tokens, ``U`` unique scored slots (``U < M`` where responses share words).
 """
 
 from __future__ import annotations
@@ -18,40 +17,40 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .forest import Forest, forest_from_groups, forest_from_sequences
+from .groups import Entry, Group, Record, Rollout, as_record
 
-__all__ = ["SHARE", "Group", "PackedBatch", "as_group", "pack"]
+__all__ = ["SHARE", "Group", "PackedBatch", "Rollout", "StepTotals", "check_int", "check_share", "pack", "pack_records"]
 
 Ids = NDArray[np.int64]
 
 SHARE = ("prompt", "tree")
 """What :func:`pack` may store once: each group's prompt, or every common beginning within the pack."""
 
-_ON_HOST = ("segments", "group_sizes")  # read by Python loops; on a device they would cost a wait each
+_ON_HOST = (
+    "segments",
+    "group_sizes",
+    "group_index",
+    "sequence_index",
+)  # read by Python loops; on a device they would cost a wait each
 
 
-@dataclass(frozen=True, eq=False)
-class Group:
-    """A prompt and its responses, as token ids.
+@dataclass(frozen=True)
+class StepTotals:
+    """What one optimizer step holds over all ranks: the denominators of a loss that is a mean over the step.
 
     Attributes:
-        prompt: non-empty row of ids: a sequence of ints, or a 1-d integer tensor or array.
-        responses: one or more such rows.
-
-    Kept as given; :func:`pack` checks it, where the group's place in the pack is known.
+        index: which step of the epoch, from 0.
+        packs: packs of the step, on all ranks.
+        responses: sequences of the step, on all ranks.
+        scored_tokens: their scored tokens.
+        weight: sum of what ``packs(..., weight=)`` gave each group, such as its number of pairs.
     """
 
-    prompt: Any
-    responses: Sequence[Any]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the group with its prompt counted once."""
-        return len(self.prompt) + sum(len(response) for response in self.responses)
-
-    @property
-    def unpacked_tokens(self) -> int:
-        """Tokens of the group as separate sequences, the prompt repeated for each response."""
-        return self.num_tokens + len(self.prompt) * (len(self.responses) - 1)
+    index: int
+    packs: int
+    responses: int
+    scored_tokens: int
+    weight: float
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,13 +68,17 @@ class PackedBatch:
         scored_index: int64 ``[M]``, for each scored token (responses in input order, token by token) its row in
             ``predecessors`` and ``targets``. A token that two responses share appears once for each.
         response_index: int64 ``[M]``, the response of each scored token.
-        lengths: int64 ``[R]``, tokens of each response.
+        lengths: int64 ``[R]``, scored tokens of each response: all of its tokens, or those that a rollout's mask names.
         last_slots: int64 ``[R]``, the slot of each response's last token.
         group_sizes: int64 ``[G]``, always on the host: responses of each group.
-        num_tokens: slots that hold tokens, padding aside.
+        group_index: int64 ``[G]``, always on the host: which of the inputs each group was.
+        sequence_index: int64 ``[R]``, always on the host: which of its group's responses each was; not 0, 1, 2, ...
+            only where a group is split over several packs.
+        num_tokens: slots that hold tokens, padding aside: every token that is stored once counts once.
         unpacked_tokens: tokens of all sequences, each with its own prompt.
         max_position: largest entry of ``position_ids``.
         max_token_id: largest entry of ``input_ids``.
+        step: totals of the optimizer step that the pack belongs to; ``None`` for a pack on its own.
     """
 
     input_ids: Tensor
@@ -89,10 +92,13 @@ class PackedBatch:
     lengths: Tensor
     last_slots: Tensor
     group_sizes: Tensor
+    group_index: Tensor
+    sequence_index: Tensor
     num_tokens: int
     unpacked_tokens: int
     max_position: int
     max_token_id: int
+    step: StepTotals | None = None
 
     @property
     def num_groups(self) -> int:
@@ -116,13 +122,23 @@ class PackedBatch:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are (``segments`` and ``group_sizes`` stay on the host)."""
+        """Where the tensors are (what :meth:`to` leaves on the host aside)."""
         return self.input_ids.device
 
     @property
+    def sequence_lengths(self) -> Tensor:
+        """int64 ``[R]``, tokens of each whole sequence, the prompt included."""
+        return self.position_ids[0, self.last_slots] + 1
+
+    @property
+    def scored_positions(self) -> Tensor:
+        """int64 ``[M]``, where in its own sequence each scored token stands."""
+        return self.position_ids[0, self.predecessors[self.scored_index]] + 1
+
+    @property
     def prompt_lengths(self) -> Tensor:
-        """int64 ``[R]``, tokens of the prompt in front of each response."""
-        return self.position_ids[0, self.last_slots] + 1 - self.lengths
+        """int64 ``[R]``, tokens in front of each response: of a rollout, those before its first scored one."""
+        return self.scored_positions[self.lengths.cumsum(0) - self.lengths]
 
     def group_of_response(self) -> Tensor:
         """int64 ``[R]``, the group of each response."""
@@ -171,7 +187,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def pack(
-    groups: Iterable[Group | tuple[Any, Sequence[Any]] | Mapping[str, Any]],
+    groups: Iterable[Entry],
     *,
     share: str = "prompt",
     pad_to_multiple_of: int = 1,
@@ -187,44 +203,80 @@ def pack(
     PackedBatch(1 group, 2 responses, 8 tokens in 8 slots, 27% saved of 11)
 
     Args:
-        groups: :class:`Group` objects, ``(prompt, responses)`` tuples, or dicts with these two keys.
-        share: ``"prompt"``: each group's prompt is stored once. ``"tree"``: every common beginning in
-            the pack is, also across groups and inside responses.
+        groups: :class:`Group` objects, ``(prompt, responses)`` tuples, or dicts with these two keys; :class:`Rollout`
+            objects, or dicts with their two keys, each a group of one sequence; lists of rollouts that belong together.
+        share: ``"prompt"``: each group's prompt is stored once (of rollouts, the beginning that all of a group have
+            in common). ``"tree"``: every common beginning in the pack is, also across groups and inside responses.
         pad_to_multiple_of: slots are filled up to a multiple of this.
         max_tokens: budget of the pack in tokens, padding aside.
         pad_token_id: the token on padding slots.
 
     Raises:
         TypeError: a group, or a row of ids, of a kind that is not accepted.
-        ValueError: empty or negative ids, an unknown ``share``, or a pack beyond ``max_tokens``.
+        ValueError: empty or negative ids, a mask that scores nothing or a first token, an unknown ``share``, or a pack
+            beyond ``max_tokens``.
     """
-    checked = _checked_groups(groups)
-    if share not in SHARE:
-        raise ValueError(f"share={share!r} is unknown; accepted: {', '.join(map(repr, SHARE))}")
-    _check_int("pad_to_multiple_of", pad_to_multiple_of, least=1)
-    _check_int("pad_token_id", pad_token_id, least=0)
-    forest = _forest(checked, share)
+    records = _checked_groups(groups)
+    check_share(share)
+    check_int("pad_to_multiple_of", pad_to_multiple_of, least=1)
+    check_int("pad_token_id", pad_token_id, least=0)
     if max_tokens is not None:
-        _check_int("max_tokens", max_tokens, least=1)
-        _check_budget(forest, checked, max_tokens)
-    return _packed(forest, checked, -forest.num_slots % pad_to_multiple_of, pad_token_id)
+        check_int("max_tokens", max_tokens, least=1)
+    return pack_records(
+        records, share=share, pad_to_multiple_of=pad_to_multiple_of, max_tokens=max_tokens, pad_token_id=pad_token_id
+    )
 
 
-Checked = list[tuple[Ids, list[Ids]]]
+def pack_records(
+    records: Sequence[Record],
+    *,
+    share: str,
+    pad_to_multiple_of: int,
+    pad_token_id: int,
+    max_tokens: int | None = None,
+    group_index: Sequence[int] | None = None,
+    sequence_index: Sequence[int] | None = None,
+    step: StepTotals | None = None,
+) -> PackedBatch:
+    """:func:`pack` of what is checked already; the indices default to those of whole groups in input order.
 
-
-def _forest(groups: Checked, share: str) -> Forest:
+    Raises:
+        ValueError: a pack beyond ``max_tokens``.
+    """
     if share == "prompt":
-        return forest_from_groups(groups)
-    return forest_from_sequences(np.concatenate([p, r]) for p, responses in groups for r in responses)
+        forest = forest_from_groups((record.prompt, record.responses) for record in records)
+    else:
+        forest = forest_from_sequences([sequence for record in records for sequence in record.sequences()])
+    if max_tokens is not None and forest.num_slots > max_tokens:
+        raise ValueError(_beyond_budget(forest, records, max_tokens))
+    sizes = [record.num_sequences for record in records]
+    return _packed(
+        forest,
+        _scored_from_masks(forest, records),
+        padding=-forest.num_slots % pad_to_multiple_of,
+        pad_token_id=pad_token_id,
+        group_sizes=sizes,
+        group_index=range(len(records)) if group_index is None else group_index,
+        sequence_index=[n for size in sizes for n in range(size)] if sequence_index is None else sequence_index,
+        step=step,
+    )
 
 
-def _packed(forest: Forest, groups: Checked, padding: int, pad_token_id: int) -> PackedBatch:
+def _packed(
+    forest: Forest,
+    scored: tuple[Ids, Ids],
+    *,
+    padding: int,
+    pad_token_id: int,
+    group_sizes: Sequence[int],
+    group_index: Sequence[int],
+    sequence_index: Sequence[int],
+    step: StepTotals | None,
+) -> PackedBatch:
     tokens, slots = forest.num_slots, forest.num_slots + padding
-    lengths = np.array([len(r) for _, responses in groups for r in responses], dtype=np.int64)
-    scored = _scored_slots(forest, lengths)
+    scored_slots, lengths = scored
     is_scored = np.zeros(tokens, dtype=bool)
-    is_scored[scored] = True
+    is_scored[scored_slots] = True
     unique = np.flatnonzero(is_scored)
     filler = np.full(padding, pad_token_id, dtype=np.int64)
     # Padding is one root segment: each of its slots sees at least itself, so that no softmax is empty, and no
@@ -237,11 +289,13 @@ def _packed(forest: Forest, groups: Checked, padding: int, pad_token_id: int) ->
         "segments": segments,
         "predecessors": _predecessors(forest)[unique],
         "targets": forest.tokens[unique],
-        "scored_index": (np.cumsum(is_scored) - 1)[scored],
+        "scored_index": (np.cumsum(is_scored) - 1)[scored_slots],
         "response_index": np.repeat(np.arange(len(lengths)), lengths),
         "lengths": lengths,
-        "last_slots": scored[np.cumsum(lengths) - 1],
-        "group_sizes": np.array([len(responses) for _, responses in groups], dtype=np.int64),
+        "last_slots": forest.slots(forest.lengths - 1),
+        "group_sizes": np.array(group_sizes, dtype=np.int64),
+        "group_index": np.array(group_index, dtype=np.int64),
+        "sequence_index": np.array(sequence_index, dtype=np.int64),
     }
     return PackedBatch(
         **{name: torch.from_numpy(array) for name, array in arrays.items()},
@@ -249,13 +303,26 @@ def _packed(forest: Forest, groups: Checked, padding: int, pad_token_id: int) ->
         unpacked_tokens=int(forest.lengths.sum()),
         max_position=int(forest.positions.max()),
         max_token_id=int(arrays["input_ids"].max()),
+        step=step,
     )
 
 
-def _scored_slots(forest: Forest, lengths: Ids) -> Ids:
-    """The slot of each scored token, int64 ``[M]``: responses in input order, token by token."""
-    starts = (forest.lengths - lengths).tolist()
-    return np.concatenate([forest.sequence_slots(n, start) for n, start in enumerate(starts)])
+def _scored_from_masks(forest: Forest, records: Sequence[Record]) -> tuple[Ids, Ids]:
+    """The slot of each scored token, sequence by sequence, int64 ``[M]``; and how many each has, int64 ``[R]``."""
+    if all(record.masks is None for record in records):
+        lengths = np.array([len(row) for record in records for row in record.responses], dtype=np.int64)
+        return forest.slots(forest.lengths - lengths), lengths
+    masks = [mask for record in records for mask in _masks(record)]
+    lengths = np.array([np.count_nonzero(mask) for mask in masks], dtype=np.int64)
+    return forest.slots(np.zeros_like(forest.lengths))[np.concatenate(masks)], lengths
+
+
+def _masks(record: Record) -> Sequence[NDArray[np.bool_]]:
+    """bool, one entry a token of each whole sequence: the scored ones."""
+    if record.masks is not None:
+        return record.masks
+    prompt = len(record.prompt)
+    return [np.arange(prompt + len(response)) >= prompt for response in record.responses]
 
 
 def _predecessors(forest: Forest) -> Ids:
@@ -266,28 +333,26 @@ def _predecessors(forest: Forest) -> Ids:
     return before
 
 
-def _check_budget(forest: Forest, groups: Checked, max_tokens: int) -> None:
-    if forest.num_slots <= max_tokens:
-        return
-    g, before, total = _first_beyond(forest, groups, max_tokens)
-    prompt, responses = groups[g]
+def _beyond_budget(forest: Forest, records: Sequence[Record], max_tokens: int) -> str:
+    g, before, total = _first_beyond(forest, records, max_tokens)
+    responses = records[g].responses
     sizes = ", ".join(str(len(r)) for r in responses[:8]) + ", ..." * (len(responses) > 8)
-    raise ValueError(
-        f"group {g} (prompt {len(prompt):,}, responses {sizes}: {total - before:,} tokens) does not fit: "
-        f"{before:,} of max_tokens={max_tokens:,} are taken, and all {_count(len(groups), 'group')} need "
+    return (
+        f"group {g} (prompt {len(records[g].prompt):,}, responses {sizes}: {total - before:,} tokens) does not fit: "
+        f"{before:,} of max_tokens={max_tokens:,} are taken, and all {_count(len(records), 'group')} need "
         f"{forest.num_slots:,}. Nothing was dropped or cut. Try: raise max_tokens, or "
         + ("move groups to another pack" if before else "shorten or split this group")
     )
 
 
-def _first_beyond(forest: Forest, groups: Checked, max_tokens: int) -> tuple[int, int, int]:
+def _first_beyond(forest: Forest, records: Sequence[Record], max_tokens: int) -> tuple[int, int, int]:
     """First group beyond the budget, and the tokens without and with it (what groups share counts once)."""
+    rows = iter(np.split(forest.slots(np.zeros_like(forest.lengths)), np.cumsum(forest.lengths)[:-1]))
     seen = np.zeros(forest.num_slots, dtype=bool)
-    n = before = 0
-    for g, (_, responses) in enumerate(groups):
-        for _ in responses:
-            seen[forest.sequence_slots(n)] = True
-            n += 1
+    before = 0
+    for g, record in enumerate(records):
+        for _ in record.responses:
+            seen[next(rows)] = True
         total = int(seen.sum())
         if total > max_tokens:
             return g, before, total
@@ -295,86 +360,26 @@ def _first_beyond(forest: Forest, groups: Checked, max_tokens: int) -> tuple[int
     raise AssertionError("called only for a forest beyond the budget")
 
 
-# --------------------------------------------------------------------------- what users hand in
+# --------------------------------------------------------------------------- what is checked
 
 
-def as_group(value: Any, where: str = "group") -> Group:
-    """A :class:`Group` from one, from ``(prompt, responses)``, or from a dict with these two keys."""
-    if isinstance(value, Group):
-        return value
-    if isinstance(value, tuple) and len(value) == 2:
-        return Group(*value)
-    if isinstance(value, Mapping):
-        if set(value) == {"prompt", "responses"}:
-            return Group(**value)
-        raise ValueError(
-            f"{where} is a dict with keys {sorted(map(str, value))}; accepted: exactly 'prompt' and 'responses'. "
-            "For a preference pair, pass responses=[chosen, rejected]"
-        )
-    size = f" of length {len(value)}" if isinstance(value, (tuple, list)) else ""
-    raise TypeError(
-        f"{where} is of type {type(value).__name__}{size}; accepted: Group, a (prompt, responses) tuple, "
-        "or a dict {'prompt': ..., 'responses': ...}"
-    )
-
-
-def _checked_groups(groups: Iterable[Any]) -> Checked:
-    if isinstance(groups, (Group, Mapping, str)) or not isinstance(groups, Iterable):
+def _checked_groups(groups: Iterable[Any]) -> list[Record]:
+    if isinstance(groups, (Group, Rollout, Mapping, str)) or not isinstance(groups, Iterable):
         raise TypeError(f"pack() takes a list of groups, got one {type(groups).__name__}; wrap it in a list")
-    checked = [_checked(as_group(value, f"group {g}"), g) for g, value in enumerate(groups)]
+    checked = [as_record(value, f"group {g}") for g, value in enumerate(groups)]
     if not checked:
         raise ValueError("pack() got no groups; a pack holds at least one")
     return checked
 
 
-def _checked(group: Group, g: int) -> tuple[Ids, list[Ids]]:
-    prompt = _as_ids(group.prompt, f"prompt of group {g}")
-    if isinstance(group.responses, (str, bytes, Mapping)) or not isinstance(group.responses, Iterable):
-        kind = type(group.responses).__name__
-        raise TypeError(f"responses of group {g} are of type {kind}; accepted: a list with one row of ids per response")
-    responses = [_as_ids(ids, f"response {r} of group {g}") for r, ids in enumerate(group.responses)]
-    if not responses:
-        raise ValueError(f"group {g} has no responses; accepted: one or more. Leave out groups without any")
-    return prompt, responses
+def check_share(share: str) -> None:
+    """Raise ``ValueError`` unless ``share`` is one of :data:`SHARE`."""
+    if share not in SHARE:
+        raise ValueError(f"share={share!r} is unknown; accepted: {', '.join(map(repr, SHARE))}")
 
 
-def _as_ids(values: Any, where: str) -> Ids:
-    """int64 ``[length]`` from what a user calls token ids."""
-    accepted = "accepted: a non-empty row of non-negative ints (list, 1-d integer tensor or array)"
-    ids = _as_array(values)
-    if ids is None:
-        hint = ". Try: responses=[[...]], a list of rows, even for one response" if isinstance(values, int) else ""
-        raise TypeError(f"{where} is of type {type(values).__name__}; {accepted}{hint}")
-    if ids.ndim != 1:
-        hint = "drop the batch dimension with x[0]" if ids.ndim == 2 and len(ids) == 1 else "pass one row at a time"
-        raise ValueError(f"{where} is nested: shape {list(ids.shape)}; {accepted}. Try: {hint}")
-    if not ids.size:
-        raise ValueError(f"{where} is empty; {accepted}. Try: begin it with the tokenizer's BOS, or end it with EOS")
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"{where} holds {ids.dtype} values such as {ids[0]}; {accepted}. Try: tokenize it first")
-    ids = ids.astype(np.int64, copy=False)
-    low = int(ids.argmin())
-    if ids[low] < 0:
-        raise ValueError(
-            f"{where} holds {ids[low]} at index {low}; {accepted}. Try: drop label masks (-100) and padding first"
-        )
-    return ids
-
-
-def _as_array(values: Any) -> np.ndarray | None:
-    """A numpy view or copy of a row; ``None`` for what is not one."""
-    if isinstance(values, Tensor):
-        # Some floating types are unknown to numpy, and any is refused by its caller.
-        return (values.detach().double() if values.is_floating_point() else values).cpu().numpy()
-    if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)):
-        return None
-    try:
-        return np.asarray(values)
-    except ValueError:  # rows of different lengths
-        return np.empty((len(values), 0))
-
-
-def _check_int(name: str, value: Any, least: int) -> None:
+def check_int(name: str, value: Any, least: int) -> None:
+    """Raise unless ``value`` is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     if value < least:

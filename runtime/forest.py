@@ -20,7 +20,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
+
+from .prefixes import SortedSequences, sort_sequences
 
 __all__ = ["Forest", "forest_from_groups", "forest_from_sequences"]
 
@@ -58,55 +60,61 @@ class Forest:
         """``N``, the sequences that went in."""
         return len(self.leaf)
 
-    def sequence_slots(self, n: int, start: int = 0) -> Ids:
-        """Slots of sequence ``n`` in order, from its token ``start`` on: int64 ``[lengths[n] - start]``."""
-        runs: list[Ids] = []
-        segment, stop = int(self.leaf[n]), int(self.lengths[n])
-        while segment >= 0 and stop > start:
-            first, parent = int(self.segments[segment, 0]), int(self.segments[segment, 3])
-            depth = int(self.positions[first])
-            shift = first - depth
-            runs.append(np.arange(shift + max(depth, start), shift + stop, dtype=np.int64))
-            segment, stop = parent, depth
-        return np.concatenate([np.empty(0, np.int64), *runs[::-1]])
+    def slots(self, starts: Ids) -> Ids:
+        """Slots of all sequences in input order, each from its token ``starts[n]`` on: int64 ``[sum(lengths - starts)]``.
+
+        Climbs from the leaves to the roots, all sequences at once: as many steps as the forest is deep.
+        """
+        active = np.flatnonzero(self.lengths > starts)
+        segment, stop = self.leaf[active], self.lengths[active]
+        runs: list[tuple[Ids, Ids, Ids]] = []  # sequence, position and slot where a run of slots begins
+        while len(active):
+            first = self.segments[segment, 0]
+            depth = self.positions[first]
+            begin = np.maximum(depth, starts[active])
+            runs.append((active, begin, first - depth + begin))
+            above = self.segments[segment, 3]
+            more = (above >= 0) & (depth > starts[active])
+            active, segment, stop = active[more], above[more], depth[more]
+        return _expand(runs, starts, self.lengths)
 
     def sequence(self, n: int) -> Ids:
         """Tokens of sequence ``n``, read back from the forest: int64 ``[lengths[n]]``."""
-        return self.tokens[self.sequence_slots(n)]
+        starts = self.lengths.copy()
+        starts[n] = 0
+        return self.tokens[self.slots(starts)]
 
 
-def forest_from_groups(groups: Iterable[tuple[ArrayLike, Sequence[ArrayLike]]]) -> Forest:
+def forest_from_groups(groups: Iterable[tuple[Ids, Sequence[Ids]]]) -> Forest:
     """One segment per prompt, its responses as children.
 
     Args:
-        groups: ``(prompt, responses)`` pairs of non-empty integer sequences. Equal prompts, and equal
-            responses, stay apart; everything keeps its input order.
+        groups: ``(prompt, responses)`` pairs of int64 arrays: one or more responses, none empty. An empty prompt has
+            no segment, and its responses are roots. Equal prompts, and equal responses, stay apart; everything keeps
+            its input order.
 
     Returns:
         A forest whose sequences are ``prompt + response``, in input order.
-
-    Raises:
-        ValueError: an empty or non-integer sequence, or a group without responses.
     """
     pieces: list[Ids] = []
     parent: list[int] = []
     leaf: list[int] = []
-    lengths: list[int] = []
-    for g, (prompt, responses) in enumerate(groups):
-        root = len(pieces)
-        pieces.append(_as_ids(prompt, f"prompt of group {g}"))
-        parent.append(-1)
-        for r, response in enumerate(responses):
-            leaf.append(len(pieces))
-            pieces.append(_as_ids(response, f"response {r} of group {g}"))
-            parent.append(root)
-            lengths.append(len(pieces[root]) + len(pieces[-1]))
-        if len(pieces) == root + 1:
-            raise ValueError(f"group {g} has no responses, so nothing would read its prompt")
-    return _lay_out(pieces, parent, leaf, lengths)
+    for prompt, responses in groups:
+        root = -1
+        if len(prompt):
+            root = len(pieces)
+            pieces.append(prompt)
+            parent.append(-1)
+        leaf.extend(range(len(pieces), len(pieces) + len(responses)))
+        pieces.extend(responses)
+        parent.extend([root] * len(responses))
+    parents, leaves = np.array(parent, dtype=np.int64), np.array(leaf, dtype=np.int64)
+    sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+    depths = np.where(parents >= 0, sizes[parents], 0) if len(pieces) else sizes
+    return _lay_out(pieces, sizes, depths, parents, leaves, (depths + sizes)[leaves])
 
 
-def forest_from_sequences(sequences: Iterable[ArrayLike]) -> Forest:
+def forest_from_sequences(sequences: Sequence[Ids]) -> Forest:
     """Every common beginning merged, at any depth: a compressed trie of the sequences.
 
     Siblings stand in the order in which the input first visits them, so the result is a function of the
@@ -114,49 +122,66 @@ def forest_from_sequences(sequences: Iterable[ArrayLike]) -> Forest:
     sequences may end in one slot.
 
     Args:
-        sequences: non-empty integer sequences.
-
-    Raises:
-        ValueError: an empty or non-integer sequence.
+        sequences: non-empty int64 arrays.
     """
-    ids = [_as_ids(sequence, f"sequence {n}") for n, sequence in enumerate(sequences)]
-    trie = _grow_trie(ids)
+    in_order = sort_sequences(sequences)
+    trie = _grow_trie(in_order)
     order = trie.depth_first()
     rank = {node: s for s, node in enumerate(order)}
     rank[-1] = -1
-    pieces = [ids[trie.source[node]][trie.start(node) : trie.stop[node]] for node in order]
-    parent = [rank[trie.parent[node]] for node in order]
-    return _lay_out(pieces, parent, [rank[node] for node in trie.leaf], [len(s) for s in ids])
+    starts = [trie.start(node) for node in order]
+    pieces = [sequences[trie.source[node]][start : trie.stop[node]] for node, start in zip(order, starts, strict=True)]
+    return _lay_out(
+        pieces,
+        np.fromiter(map(len, pieces), np.int64, len(pieces)),
+        np.array(starts, dtype=np.int64),
+        np.array([rank[trie.parent[node]] for node in order], dtype=np.int64),
+        np.array([rank[node] for node in trie.leaf], dtype=np.int64),
+        in_order.lengths,
+    )
 
 
-def _as_ids(values: ArrayLike, where: str) -> Ids:
-    ids = np.asarray(values)
-    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
-        raise ValueError(f"{where}: expected a non-empty row of integers, got shape {ids.shape} of {ids.dtype}")
-    return ids.astype(np.int64, copy=False)
+def _expand(runs: list[tuple[Ids, Ids, Ids]], starts: Ids, lengths: Ids) -> Ids:
+    """Write out runs of slots, by sequence and by position in it."""
+    if not runs:
+        return np.empty(0, np.int64)
+    sequence, begin, slot = (np.concatenate(column) for column in zip(*runs, strict=True))
+    # Where each run begins in the output. Runs come leaves first; one sort puts those of a sequence in their order.
+    offset = (np.cumsum(lengths - starts) - lengths + starts)[sequence] + begin - starts[sequence]
+    order = np.argsort(offset)
+    total = int((lengths - starts).sum())
+    size = np.diff(offset[order], append=total)
+    return np.repeat(slot[order] - offset[order], size) + np.arange(total)
 
 
-def _lay_out(pieces: list[Ids], parent: list[int], leaf: list[int], lengths: list[int]) -> Forest:
-    """Write segments, already in depth-first order, one after another."""
-    size = [len(piece) for piece in pieces]
-    stop = np.cumsum(size, dtype=np.int64).tolist()
-    depth = [0] * len(size)
-    for s, above in enumerate(parent):
-        depth[s] = depth[above] + size[above] if above >= 0 else 0
-    end = list(stop)
-    for s in range(len(size) - 1, -1, -1):  # children stand after their parent, so theirs are final
-        if parent[s] >= 0:
-            end[parent[s]] = max(end[parent[s]], end[s])
-    sizes, stops, ends = (np.array(x, dtype=np.int64) for x in (size, stop, end))
+def _lay_out(pieces: list[Ids], sizes: Ids, depths: Ids, parents: Ids, leaf: Ids, lengths: Ids) -> Forest:
+    """Write segments, already in depth-first order, one after another.
+
+    Args:
+        pieces: the tokens of each segment.
+        sizes, depths, parents: int64 ``[S]``: tokens of each, position of its first token, segment above it.
+        leaf, lengths: as in :class:`Forest`.
+    """
+    stops = np.cumsum(sizes)
     first = stops - sizes
+    ends = _subtree_ends(stops.tolist(), parents.tolist())
     return Forest(
         tokens=np.concatenate([np.empty(0, np.int64), *pieces]),
-        positions=np.arange(sizes.sum()) - np.repeat(first - np.array(depth, dtype=np.int64), sizes),
+        positions=np.arange(sizes.sum()) - np.repeat(first - depths, sizes),
         subtree_end=np.repeat(ends, sizes),
-        segments=np.stack([first, stops, ends, np.array(parent, dtype=np.int64)], axis=1),
-        leaf=np.array(leaf, dtype=np.int64),
-        lengths=np.array(lengths, dtype=np.int64),
+        segments=np.stack([first, stops, ends, parents], axis=1),
+        leaf=leaf,
+        lengths=lengths,
     )
+
+
+def _subtree_ends(stops: list[int], parents: list[int]) -> Ids:
+    ends = list(stops)
+    for s in range(len(ends) - 1, -1, -1):  # children stand after their parent, so theirs are final
+        parent = parents[s]
+        if parent >= 0 and ends[parent] < ends[s]:
+            ends[parent] = ends[s]
+    return np.array(ends, dtype=np.int64)
 
 
 # --------------------------------------------------------------------------- the trie
@@ -196,23 +221,23 @@ class _Trie:
         return order
 
 
-def _grow_trie(ids: list[Ids]) -> _Trie:
-    """Insert the sequences in a lexicographic order; only the path to the latest one is ever open."""
-    trie = _Trie(leaf=[-1] * len(ids))
+def _grow_trie(rows: SortedSequences) -> _Trie:
+    """Insert the sequences in their lexicographic order; only the path to the latest one is ever open."""
+    lengths = rows.lengths.tolist()
+    trie = _Trie(leaf=[-1] * len(lengths))
     path: list[int] = []
-    previous = np.empty(0, np.int64)
-    for n in _lexicographic(ids):
-        shared = _common_prefix(previous, ids[n])
+    previous = 0  # the length of the previous sequence
+    for n, shared in zip(rows.order.tolist(), rows.shared.tolist(), strict=True):
         _close_below(trie, path, shared)
-        if path and shared == len(previous):
+        if path and shared == previous:
             # The previous sequence is a beginning of this one (or equals it), and nothing hangs below its
             # end yet: its segment grows, where a second one would have the same descendants.
-            trie.stop[path[-1]], trie.source[path[-1]] = len(ids[n]), n
+            trie.stop[path[-1]], trie.source[path[-1]] = lengths[n], n
         else:
-            path.append(trie.add(path[-1] if path else -1, len(ids[n]), n))
+            path.append(trie.add(path[-1] if path else -1, lengths[n], n))
         trie.leaf[n] = path[-1]
-        previous = ids[n]
-    _settle_leaves(trie, ids)
+        previous = lengths[n]
+    _settle_leaves(trie, lengths)
     return trie
 
 
@@ -226,24 +251,8 @@ def _close_below(trie: _Trie, path: list[int], shared: int) -> None:
             trie.parent[node] = path[-1]
 
 
-def _settle_leaves(trie: _Trie, ids: list[Ids]) -> None:
+def _settle_leaves(trie: _Trie, lengths: list[int]) -> None:
     """Where a fork came to stand above the end of a shorter sequence's node, that sequence ends higher up."""
-    for n, sequence in enumerate(ids):
-        while trie.start(trie.leaf[n]) >= len(sequence):
+    for n, length in enumerate(lengths):
+        while trie.start(trie.leaf[n]) >= length:
             trie.leaf[n] = trie.parent[trie.leaf[n]]
-
-
-def _lexicographic(ids: list[Ids]) -> list[int]:
-    """A lexicographic order of the sequences, equal ones in input order, a beginning before its continuations."""
-    # Bytes compare by memcmp. On int64 that is not the order of the numbers, but it is one order of tokens, and
-    # any will do: sequences with a common beginning come to stand together, and siblings are sorted later.
-    keys = [sequence.tobytes() for sequence in ids]
-    return sorted(range(len(ids)), key=keys.__getitem__)
-
-
-def _common_prefix(a: Ids, b: Ids) -> int:
-    """Length of the longest common beginning."""
-    n = min(len(a), len(b))
-    differs = a[:n] != b[:n]
-    k = int(differs.argmax()) if n else 0
-    return k if n and differs[k] else n

@@ -34,16 +34,16 @@ SHORT = 64
 
 
 def slot_kinds(batch: PackedBatch) -> NDArray[np.int64]:
-    """What each slot holds, int64 ``[T]``: prompt 0, padding 1, a token scored for several responses 2, or
-    ``3 + r`` for response ``r`` of its group. A token that is scored for one response counts as that
-    response's, also where another group's prompt runs through it.
+    """What each slot holds, int64 ``[T]``: prompt (or whatever else is not scored) 0, padding 1, a token scored for
+    several responses 2, or ``3 + r`` for response ``r`` of its group. A token that is scored for one response counts
+    as that response's, also where another group's prompt runs through it.
     """
     kinds = np.full(batch.num_slots, PADDING, dtype=np.int64)
     kinds[: batch.num_tokens] = PROMPT
     within = np.concatenate([np.arange(size) for size in batch.group_sizes.tolist()])
-    prompts = batch.prompt_lengths.tolist()
-    for slots, start, r in zip(batch.sequence_slots(), prompts, within, strict=True):
-        scored = slots[start:]
+    positions = batch.scored_positions.split(batch.lengths.tolist())
+    for slots, scored_positions, r in zip(batch.sequence_slots(), positions, within, strict=True):
+        scored = slots[scored_positions.cpu().numpy()]
         kinds[scored] = np.where(kinds[scored] == PROMPT, RESPONSE + r, SHARED)
     return kinds
 

@@ -150,7 +150,7 @@ def test_to_moves_all_but_what_the_host_reads():
     assert isinstance(moved, PackedBatch)
     assert moved.device.type == "meta"
     stayed = {name for name, v in vars(moved).items() if isinstance(v, torch.Tensor) and v.device.type == "cpu"}
-    assert stayed == {"segments", "group_sizes"}
+    assert stayed == {"segments", "group_sizes", "group_index", "sequence_index"}
     assert batch.device.type == "cpu"
     assert moved.num_slots == batch.num_slots
     assert repr(moved) == repr(batch)
