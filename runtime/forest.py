@@ -61,12 +61,14 @@ class Forest:
         return len(self.leaf)
 
     def slots(self, starts: Ids) -> Ids:
-        """Slots of all sequences in input order, each from its token ``starts[n]`` on: int64 ``[sum(lengths - starts)]``.
+        """Slots of all sequences in input order, each from its token ``starts[n]`` on.
+
+        int64 ``[sum(lengths - starts)]``, ``starts`` int64 ``[N]``.
 
         Climbs from the leaves to the roots, all sequences at once: as many steps as the forest is deep.
         """
         active = np.flatnonzero(self.lengths > starts)
-        segment, stop = self.leaf[active], self.lengths[active]
+        segment = self.leaf[active]
         runs: list[tuple[Ids, Ids, Ids]] = []  # sequence, position and slot where a run of slots begins
         while len(active):
             first = self.segments[segment, 0]
@@ -75,7 +77,7 @@ class Forest:
             runs.append((active, begin, first - depth + begin))
             above = self.segments[segment, 3]
             more = (above >= 0) & (depth > starts[active])
-            active, segment, stop = active[more], above[more], depth[more]
+            active, segment = active[more], above[more]
         return _expand(runs, starts, self.lengths)
 
     def sequence(self, n: int) -> Ids:

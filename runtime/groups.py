@@ -146,8 +146,8 @@ def _mapping(entry: Mapping[str, Any], where: str) -> Record:
     if set(entry) == {"input_ids", "completion_mask"}:
         return _rollouts([Rollout(**entry)], where)
     raise ValueError(
-        f"{where} is a dict with keys {sorted(map(str, entry))}; accepted: exactly 'prompt' and 'responses', or exactly "
-        "'input_ids' and 'completion_mask'. For a preference pair, pass responses=[chosen, rejected]"
+        f"{where} is a dict with keys {sorted(map(str, entry))}; accepted: exactly 'prompt' and 'responses', or "
+        "exactly 'input_ids' and 'completion_mask'. For a preference pair, pass responses=[chosen, rejected]"
     )
 
 
@@ -176,7 +176,7 @@ def _rollouts(rollouts: Sequence[Rollout], where: str) -> Record:
 
 
 def _as_mask(values: Any, length: int, where: str) -> Mask:
-    """bool ``[length]`` from what a user calls a completion mask."""
+    """A bool array ``[length]`` from what a user calls a completion mask."""
     accepted = "accepted: one 0 or 1 (or bool) per token of input_ids"
     mask = _as_array(values)
     if mask is None:

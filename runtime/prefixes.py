@@ -16,6 +16,7 @@ Shapes: ``N`` sequences, ``F`` their tokens in all. No Python loop runs over tok
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,14 +62,14 @@ def sort_sequences(sequences: Sequence[Ids]) -> SortedSequences:
     if not len(lengths):
         return SortedSequences(lengths, lengths, lengths)
     flat = np.concatenate(sequences)
-    if -(2**31) <= flat.min() and flat.max() < 2**31:
+    if flat.min() >= -(2**31) and flat.max() < 2**31:
         flat = flat.astype(np.int32)  # half the bytes to compare
     stops = np.cumsum(lengths)
     # Bytes compare by memcmp. On integers that is not the order of the numbers, but it is one order of tokens, and
     # any will do: sequences with a common beginning come to stand together.
     text, width = flat.tobytes(), flat.itemsize
     edges = [0, *(stops * width).tolist()]
-    keys = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    keys = [text[a:b] for a, b in itertools.pairwise(edges)]
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
     return SortedSequences(order, _shared_with_previous(flat, (stops - lengths)[order], lengths[order]), lengths)
 
