@@ -1,7 +1,7 @@
 """canonicalize: one flat, functional graph without ceremony.
 
-Inlines the regions that ``torch.export`` makes of ``no_grad`` and ``autocast`` blocks, turns in-place ops on
-fresh tensors into functional ones, and drops assertions and ops that do nothing. Changes no number.
+Inlines the regions that ``torch.export`` makes of ``no_grad`` and ``autocast`` blocks, makes in-place ops functional
+(``passes.functionalize``), and drops assertions and ops that do nothing. Changes no number.
 """
 
 from __future__ import annotations
@@ -20,37 +20,15 @@ from .base import (
     argument,
     is_op,
     is_tensor,
-    may_alias,
     op_family,
     op_name,
     operands,
-    shape_of,
+    same_shape,
 )
+from .functionalize import functionalize
 
 __all__ = ["canonicalize"]
 
-_FUNCTIONAL = {
-    "aten.add_.Tensor": torch.ops.aten.add.Tensor,
-    "aten.add_.Scalar": torch.ops.aten.add.Scalar,
-    "aten.sub_.Tensor": torch.ops.aten.sub.Tensor,
-    "aten.mul_.Tensor": torch.ops.aten.mul.Tensor,
-    "aten.mul_.Scalar": torch.ops.aten.mul.Scalar,
-    "aten.div_.Tensor": torch.ops.aten.div.Tensor,
-    "aten.relu_.default": torch.ops.aten.relu.default,
-    "aten.silu_.default": torch.ops.aten.silu.default,
-    "aten.sigmoid_.default": torch.ops.aten.sigmoid.default,
-    "aten.tanh_.default": torch.ops.aten.tanh.default,
-    "aten.neg_.default": torch.ops.aten.neg.default,
-    "aten.masked_fill_.Scalar": torch.ops.aten.masked_fill.Scalar,
-    "aten.masked_fill_.Tensor": torch.ops.aten.masked_fill.Tensor,
-    "aten.triu_.default": torch.ops.aten.triu.default,
-    "aten.tril_.default": torch.ops.aten.tril.default,
-    "aten.clamp_.default": torch.ops.aten.clamp.default,
-    "aten.dropout_.default": torch.ops.aten.dropout.default,
-    "aten.scatter_.src": torch.ops.aten.scatter.src,
-    "aten.scatter_.value": torch.ops.aten.scatter.value,
-    "aten.fill_.Scalar": torch.ops.aten.fill.Scalar,
-}
 _ASSERTIONS = ("aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_constrain_range")
 
 
@@ -67,7 +45,7 @@ def canonicalize(graph: PackGraph) -> PassResult:
             graph.graph.erase_node(node)
             result.changed += 1
     _drop_detached_constants(graph, result)
-    _make_functional(graph, result)
+    result.changed += functionalize(graph)
     for node in graph.graph.nodes:
         if is_op(
             node, "aten.view.default"
@@ -183,47 +161,7 @@ def _detached(graph: PackGraph, value: Any) -> Any:
     return graph.call(torch.ops.aten.detach.default, (value,), like=value)
 
 
-# --------------------------------------------------------------------------- in-place ops
-
-
-def _make_functional(graph: PackGraph, result: PassResult) -> None:
-    order = {node: n for n, node in enumerate(graph.graph.nodes)}
-    for node in list(graph.graph.nodes):
-        functional = _FUNCTIONAL.get(op_name(node)) if node.op == "call_function" else None
-        if functional is None or not _owns_its_input(node, order):
-            continue  # left in place: the token-mixing check refuses what it cannot follow
-        with graph.graph.inserting_before(node):
-            unchanged = _same_dtype_out_of_place(graph, node, functional)
-        if unchanged:
-            node.target = functional
-            result.changed += 1
-
-
-def _owns_its_input(node: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """True if nobody can see the tensor that ``node`` overwrites, after it was overwritten."""
-    target = operands(node)[0]
-    if target.op == "placeholder" or may_alias(target):
-        return False
-    return all(order[user] <= order[node] and not may_alias(user) for user in target.users if user is not node)
-
-
-def _same_dtype_out_of_place(graph: PackGraph, node: fx.Node, functional: Any) -> bool:
-    """In place, ``half.add_(float)`` stays half; out of place it would not."""
-    trial = graph.graph.create_node("call_function", functional, node.args, node.kwargs)
-    value = graph.evaluate(trial)
-    graph.graph.erase_node(trial)
-    return bool(value.dtype == node.meta["val"].dtype and value.shape == node.meta["val"].shape)
-
-
 # --------------------------------------------------------------------------- ops that do nothing
-
-
-def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    return [_expression(size) for size in shape_of(a)] == [_expression(size) for size in shape_of(b)]
-
-
-def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def _same_kind(node: fx.Node, source: fx.Node) -> bool:
@@ -232,11 +170,11 @@ def _same_kind(node: fx.Node, source: fx.Node) -> bool:
 
 
 def _same_tensor(node: fx.Node, source: fx.Node) -> bool:
-    return _same_shape(node, source) and _same_kind(node, source)
+    return same_shape(node, source) and _same_kind(node, source)
 
 
 def _whole_slice(node: fx.Node, source: fx.Node) -> bool:
-    return _same_shape(node, source) and argument(node, "start") in (0, None) and argument(node, "step") == 1
+    return same_shape(node, source) and argument(node, "start") in (0, None) and argument(node, "step") == 1
 
 
 def _no_dropout(node: fx.Node, source: fx.Node) -> bool:
@@ -252,9 +190,9 @@ _IDENTITIES: dict[str, Callable[[fx.Node, fx.Node], bool]] = {
     "to": _same_kind,
     "type_as": _same_kind,
     "slice": _whole_slice,
-    "expand": _same_shape,
+    "expand": same_shape,
     "view": _same_tensor,  # view(dtype) reads the same bytes as other numbers
-    "reshape": _same_shape,
+    "reshape": same_shape,
     "alias": lambda node, source: True,
     "lift_fresh_copy": lambda node, source: True,
     "dropout": _no_dropout,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,6 +127,44 @@ def select(reader: Reader, node: fx.Node, where: Coordinates) -> Expr:
     if not isinstance(place, int) or place < 0:
         raise Opaque(node, "a select that counts from the end or from a computed place")
     return reader.read(operands(node)[0], (*where[:axis], Const(place), *where[axis:]))
+
+
+@reads("slice_scatter")
+def slice_scatter(reader: Reader, node: fx.Node, where: Coordinates) -> Expr:
+    """``source`` with ``source[start:end]`` replaced."""
+    source, written = operands(node)[:2]
+    axis, start, end = axis_argument(node, len(where)), argument(node, "start") or 0, argument(node, "end")
+    if not isinstance(start, int) or start < 0 or argument(node, "step") != 1:
+        raise Opaque(node, "a write into a slice that counts from the end or from a computed place")
+    place = where[axis]
+    inside = simplify(Op("sub", (place, Const(start))))
+    new = reader.read(written, (*where[:axis], inside, *where[axis + 1 :]))
+    replaced: Expr = Op("ge", (place, Const(start)))
+    if not _is_last(shape_of(source)[axis], end):
+        stop = start + _count(node, shape_of(written)[axis])
+        replaced = Op("and_", (replaced, Op("lt", (place, Const(stop)))))
+    return Op("where", (replaced, new, reader.read(source, where)))
+
+
+def _is_last(size: Any, end: Any) -> bool:
+    return end is None or (isinstance(end, int) and isinstance(size, int) and end >= size) or end == sys.maxsize
+
+
+def _count(node: fx.Node, size: Any) -> int:
+    if not isinstance(size, int):
+        raise Opaque(node, "a write into a computed number of places")
+    return size
+
+
+@reads("select_scatter")
+def select_scatter(reader: Reader, node: fx.Node, where: Coordinates) -> Expr:
+    """``source`` with one place along an axis replaced."""
+    source, written = operands(node)[:2]
+    axis, place = axis_argument(node, len(where)), argument(node, "index")
+    if not isinstance(place, int) or place < 0:
+        raise Opaque(node, "a write into a place that counts from the end or is computed")
+    new = reader.read(written, (*where[:axis], *where[axis + 1 :]))
+    return Op("where", (Op("eq", (where[axis], Const(place))), new, reader.read(source, where)))
 
 
 @reads("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from .base import PackGraph, argument, axis_argument, op_family, operands, shape_of
+from .base import PackGraph, argument, axis_argument, op_family, op_name, operands, shape_of
 from .types import Const, Mixes, Tok, TokenType, Tuple, Types, rule, within_token
 
 
@@ -94,6 +94,18 @@ def concatenate(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mi
     if op_family(node) == "stack":
         return Tok(kind.axis + (1 if axis <= kind.axis else 0))
     return Mixes("a concatenation along the tokens of the row") if axis == kind.axis else kind
+
+
+@rule("slice_scatter", "select_scatter")
+def write_into(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
+    """The same part of each token is replaced by what that token has for it."""
+    source, written = operands(node)[:2]
+    axis = axis_argument(node, len(shape_of(node)))
+    kind, part = types[source], types[written]
+    if not isinstance(kind, Tok) or not isinstance(part, Tok) or kind.axis == axis:
+        return Mixes(f"{op_name(node)} writes into slots of the row")
+    lost = op_family(node) == "select_scatter" and axis < kind.axis
+    return kind if part.axis == kind.axis - lost else Mixes("one slot is overwritten with another")
 
 
 @rule("pad", "constant_pad_nd")

@@ -12,10 +12,10 @@ from .types import Const, Mixes, Tok, TokenType, Tuple, Types, rule, tensors_of,
 __all__ = ["FILLS", "normalization", "pointwise"]
 
 FILLS = (
-    "ones", "zeros", "full", "ones_like", "zeros_like", "full_like", "empty_like", "new_ones", "new_zeros", "new_full",
-    "fill",
+    "ones", "zeros", "full", "ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full", "fill",
+    "zero", "empty", "empty_like", "new_empty",
 )  # fmt: skip
-"""Ops that write one value everywhere, whatever tensor they take the shape from."""
+"""Ops that write one value everywhere, or nothing yet, whatever tensor they take the shape from."""
 
 _BY_ELEMENT = (
     "where", "masked_fill", "_to_copy", "dropout", "native_dropout", "contiguous", "clone", "detach", "alias",

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 import ppcompile
 from ppcompile.capture import capture
-from ppcompile.passes.base import NotPackable, is_mutable, is_op, op_family
+from ppcompile.passes.base import NotPackable, is_op, op_family
 from ppcompile.passes.canonicalize import canonicalize
-from ppcompile.passes.types import Mixes
 from ppcompile.verification import unpacked_logps
 
 aten = torch.ops.aten
@@ -98,62 +97,6 @@ def test_autocast_that_is_off_is_inlined_and_on_is_refused(captured: Any, words:
     assert "matmul" in families(captured(region(False), words=words))
     with pytest.raises(NotPackable, match="autocast"):
         captured(region(True), words=words)
-
-
-# --------------------------------------------------------------------------- in-place ops
-
-
-IN_PLACE: dict[str, Any] = {
-    "activation": lambda x: F.silu((x * 2).relu_(), inplace=True).sigmoid_(),
-    "arithmetic": lambda x: (x * 2).add_(x, alpha=3).mul_(2.0).sub_(x).div_(4),
-    "mask": lambda x: (x + 1).masked_fill_(x > 0, 0.0).clamp_(max=3.0),
-    "dropout": lambda x: F.dropout(x * 2, 0.0, inplace=True),
-    "fill": lambda x: x + torch.zeros_like(x).fill_(2.0),
-}
-
-
-@pytest.mark.parametrize("name", IN_PLACE)
-def test_in_place_ops_on_fresh_tensors_become_functional(
-    name: str, captured: Any, evaluated: Any, words: Tensor, ids: Tensor
-) -> None:
-    graph = captured(lambda ids, w: IN_PLACE[name](F.embedding(ids, w)), words=words)
-    assert not any(is_mutable(node) for node in graph.graph.nodes)
-    torch.testing.assert_close(evaluated(graph, ids), IN_PLACE[name](F.embedding(ids, words)))
-
-
-def read_afterwards(x: Tensor) -> Tensor:
-    y = x * 2
-    view = y.unsqueeze(1)
-    y.add_(1)
-    return view.squeeze(1) + y
-
-
-def through_a_view(x: Tensor) -> Tensor:
-    y = x * 2
-    y[..., 1:].mul_(3)
-    return y
-
-
-def through_einsum(x: Tensor) -> Tensor:
-    y = x * 2
-    turned = torch.einsum("btc->bct", y)
-    y.add_(1)
-    return turned.transpose(1, 2) + y
-
-
-def keeps_its_dtype(x: Tensor) -> Tensor:
-    return x.half().mul(2).add_(x)
-
-
-@pytest.mark.parametrize("function", [read_afterwards, through_a_view, through_einsum, keeps_its_dtype])
-def test_in_place_ops_that_others_see_stay(
-    function: Any, captured: Any, typed: Any, evaluated: Any, words: Tensor, ids: Tensor
-) -> None:
-    """They keep their meaning, and the token-mixing check refuses them."""
-    graph = captured(lambda ids, w: function(F.embedding(ids, w)), words=words)
-    assert any(is_mutable(node) for node in graph.graph.nodes)
-    torch.testing.assert_close(evaluated(graph, ids), function(F.embedding(ids, words)))
-    assert isinstance(typed(graph), Mixes)
 
 
 # --------------------------------------------------------------------------- ops that do nothing
