@@ -20,6 +20,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 __all__ = [
     "LAYOUT_INPUTS",
+    "ROW_INPUTS",
     "NotPackable",
     "PackGraph",
     "PassResult",
@@ -38,12 +39,16 @@ __all__ = [
     "operands",
     "output_node",
     "run_node",
+    "same_shape",
     "shape_of",
     "source_line",
 ]
 
 LAYOUT_INPUTS = ("input_ids", "position_ids", "subtree_end", "segments", "predecessors", "targets")
 """Inputs of every captured graph besides the model's state (see ``runtime.ops.Layout`` and ``runtime.batch``)."""
+
+ROW_INPUTS = ("rows", "copies")
+"""Further inputs where a module runs on unpacked rows (see ``runtime.rows``)."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Refusal:
         op: the operator's name, or what was attempted where there is no operator.
         source: ``file:line, code`` in the model's source, ``""`` if unknown.
         hint: what to do about it.
+        final: True where it is no use to keep the module out of the graph: the user has to change something.
     """
 
     reason: str
@@ -63,6 +69,7 @@ class Refusal:
     op: str = ""
     source: str = ""
     hint: str = ""
+    final: bool = False
 
     @classmethod
     def at(cls, node: fx.Node, reason: str, hint: str = "") -> Refusal:
@@ -119,6 +126,7 @@ class PackGraph:
         branches: choices that the model's code made on the row's length while it was captured.
         vocab_size: number of token ids the model has embeddings for, if known.
         sites: attention sites, filled by the recognize pass.
+        unshared: calls of modules that stay as they are and run on unpacked rows, by name (``passes.unshare``).
     """
 
     module: fx.GraphModule
@@ -132,6 +140,7 @@ class PackGraph:
     branches: list[Refusal] = field(default_factory=list)
     vocab_size: int | None = None
     sites: list[Any] = field(default_factory=list)
+    unshared: dict[str, Any] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -237,6 +246,15 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
     """Sizes of ``node``'s tensor, ``()`` for what is not a tensor."""
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """True if two tensors have the same sizes, symbolic ones by expression."""
+    return [_expression(size) for size in shape_of(a)] == [_expression(size) for size in shape_of(b)]
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def is_size(node: fx.Node) -> bool:

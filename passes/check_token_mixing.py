@@ -7,10 +7,13 @@ of the graph is then run on random tokens and must commute with permuting them a
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import fx
 
-from .base import NotPackable, PackGraph, PassResult, Refusal, output_node
+from .base import NotPackable, PackGraph, PassResult, Refusal, module_path, output_node
 from .infer import infer, input_types
+from .positional import PositionalValues
 from .region import Region, enclosing_regions, prove_token_wise
 from .types import Const, Mixes, Tok, TokenType
 
@@ -26,14 +29,20 @@ def check_token_mixing(graph: PackGraph) -> PassResult:
     result = PassResult("check_token_mixing")
     types = input_types(graph)
     covered: set[fx.Node] = set()
+    positional = PositionalValues(graph)
+    # What is made of slots' indices alone, and the node to blame for it: harmless until tokens read it.
+    indices: dict[fx.Node, tuple[fx.Node, Mixes]] = {}
     for node in graph.graph.nodes:
         if node.op == "get_attr":  # the body of a higher-order op, for which there is no rule
             types[node] = Const()
         if node.op != "call_function" or node in covered:
             continue
-        kind = infer(graph, node, types)
-        if isinstance(kind, Mixes):
-            region = _proved_region(graph, node, kind, types)
+        read = next((source for source in node.all_input_nodes if source in indices), None)
+        origin, kind = indices[read] if read is not None else (node, infer(graph, node, types))
+        if isinstance(kind, Mixes) and not positional.depends_on_tokens(node):
+            indices[node] = origin, kind
+        elif isinstance(kind, Mixes):
+            region = _proved_region(graph, node, origin, kind, types)
             result.matched.append(str(region))
             covered |= region.members
             types.update(region.types())
@@ -41,7 +50,7 @@ def check_token_mixing(graph: PackGraph) -> PassResult:
             types[node] = kind
     if graph.branches:
         raise NotPackable(graph.branches[0])
-    final = types[output_node(graph.graph)]
+    final = types.get(output_node(graph.graph))
     if final != Tok(0):
         raise NotPackable(
             Refusal.at(output_node(graph.graph), f"the result is {final}, not one value per scored token")
@@ -49,8 +58,10 @@ def check_token_mixing(graph: PackGraph) -> PassResult:
     return result
 
 
-def _proved_region(graph: PackGraph, node: fx.Node, why: Mixes, types: dict[fx.Node, TokenType]) -> Region:
-    """The smallest module around ``node`` that is proved token-wise; refuses at ``node`` if there is none."""
+def _proved_region(
+    graph: PackGraph, node: fx.Node, origin: fx.Node, why: Mixes, types: dict[fx.Node, TokenType]
+) -> Region:
+    """The smallest module around ``node`` that is proved token-wise; refuses ``origin`` if there is none."""
     findings = []
     for region in enclosing_regions(graph, node, types):
         finding = prove_token_wise(graph, region)
@@ -58,4 +69,5 @@ def _proved_region(graph: PackGraph, node: fx.Node, why: Mixes, types: dict[fx.N
             return region
         findings.append(finding)
     reason = "; ".join((why.reason, *findings[:1]))
-    raise NotPackable(Refusal.at(node, reason, "if the op is token-wise, passes/types.py says where its rule belongs"))
+    hint = "if the op is token-wise, passes/types.py says where its rule belongs"
+    raise NotPackable(dataclasses.replace(Refusal.at(origin, reason, hint), module=module_path(node)))

@@ -20,6 +20,7 @@ from torch import fx
 
 from ..runtime import ops
 from .base import PackGraph, PassResult, shape_of
+from .lower_unshared import lower_unshared
 from .site import Site
 
 __all__ = ["BACKENDS", "lower"]
@@ -53,6 +54,9 @@ def lower(graph: PackGraph, *, backend: str = "auto") -> PassResult:
             _to_flex(graph, site, attention, blocks)
         result.matched.append(f"{site.module}: {site.backend}, {site.why}")
         result.changed += 1
+    unshared = lower_unshared(graph)
+    result.matched += unshared
+    result.changed += len(unshared)
     graph.finish()
     return result
 

@@ -82,6 +82,17 @@ class PositionalValues:
             return _named_mask(table if where[axes[0]] == Var("q") else table.T)
         return None
 
+    def begins_alike(self, node: fx.Node) -> bool:
+        """True if a longer evaluation begins, along every axis of tokens, with a shorter one."""
+        lengths = self._lengths(node)
+        short, long = (self.evaluate(node, length) for length in lengths)
+        if short is None or long is None:
+            return False
+        self.graph.limit_positions(lengths[1])
+        for axis in self.graph.token_axes(node):
+            long = long.narrow(axis, 0, lengths[0])
+        return torch.equal(short, long)
+
     def fixed_value(self, node: fx.Node) -> torch.Tensor | None:
         """The tensor behind an input if training cannot change it and it has data."""
         value = None if node.name in self.graph.parameters else self.graph.values.get(node.name)
@@ -99,7 +110,7 @@ class PositionalValues:
     def _evaluate(self, node: fx.Node, length: int) -> torch.Tensor | None:
         env: dict[fx.Node, Any] = {}
         try:
-            for ancestor in self._ancestors(node):
+            for ancestor in self.ancestors(node):
                 env[ancestor] = self._computed(ancestor, length, env)
         except (LookupError, RuntimeError):  # an input without data, or a table shorter than this length
             return None
@@ -117,7 +128,8 @@ class PositionalValues:
             raise LookupError(node.name)
         return value.detach().cpu()
 
-    def _ancestors(self, node: fx.Node) -> list[fx.Node]:
+    def ancestors(self, node: fx.Node) -> list[fx.Node]:
+        """``node`` and all that it is computed from, in graph order."""
         found, stack = {node}, [node]
         while stack:
             for source in stack.pop().all_input_nodes:
@@ -129,7 +141,7 @@ class PositionalValues:
     def _lengths(self, node: fx.Node) -> tuple[int, int]:
         square = any(
             sum(self.graph.mentions_length(size) for size in shape_of(ancestor)) > 1
-            for ancestor in self._ancestors(node)
+            for ancestor in self.ancestors(node)
         )
         long = _LONG_SQUARE if square else _LONG
         if self.graph.max_positions is not None:
@@ -137,8 +149,8 @@ class PositionalValues:
         return min(_SHORT, long // 2), long
 
     def _has_length(self, node: fx.Node) -> bool:
-        return any(self.graph.mentions_length(ancestor.meta.get("val")) for ancestor in self._ancestors(node)) or any(
-            self.graph.mentions_length(size) for ancestor in self._ancestors(node) for size in shape_of(ancestor)
+        return any(self.graph.mentions_length(ancestor.meta.get("val")) for ancestor in self.ancestors(node)) or any(
+            self.graph.mentions_length(size) for ancestor in self.ancestors(node) for size in shape_of(ancestor)
         )
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .base import PackGraph, argument, axis_argument, op_name, operands, shape_of
+from .base import PackGraph, argument, axis_argument, op_family, op_name, operands, shape_of
 from .types import Const, Mixes, Tok, TokenType, Tuple, Types, rule, tensors_of, type_of, within_token
 
 
 @rule("gather")
 def gather(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
-    """Reads along one axis at indices laid out like the tokens: each token reads its own row."""
-    return _laid_out_alike(node, types, f"{op_name(node)} of tokens and constants")
+    """Reads along one axis at indices laid out like the tokens: each token its own row, or a constant table."""
+    source, _, chosen = operands(node)[:3]
+    axis = axis_argument(node, len(shape_of(node)))
+    if types[source] == Const() and isinstance(kind := types[chosen], Tok):
+        # On other axes a gather reads where it writes, and a constant has no place for each slot there.
+        return kind if kind.axis == axis else Mixes("a table is read at the slot's index in the row")
+    return _laid_out_alike(node, types, f"{op_name(node)} of tokens by the same index for all")
 
 
 @rule("scatter", "scatter_add", "scatter_reduce")
@@ -25,6 +30,25 @@ def _laid_out_alike(node: fx.Node, types: Types, otherwise: str) -> TokenType | 
     if len({types[source] for source in tensors_of(node)}) != 1:
         return Mixes(otherwise)
     return within_token(node, types, [argument(node, "dim")], op_name(node))
+
+
+@rule("index_fill", "index_add", "index_copy")
+def write_columns(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
+    """The same columns of each token are written, with a number or with what that token has for them."""
+    written = [types[n] for n in tensors_of(node) if n is not argument(node, "index")]
+    if type_of(argument(node, "index"), types) != Const() or len(set(written)) != 1:
+        return Mixes(f"{op_name(node)} at places, or of values, of other tokens")
+    return within_token(node, types, [argument(node, "dim")], op_name(node))
+
+
+@rule("bucketize", "searchsorted", "isin")
+def search(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
+    """Where each value stands in, or whether it is in, a list that is the same for all tokens."""
+    first, second = operands(node)[:2]
+    values, known = (second, first) if op_family(node) == "searchsorted" else (first, second)
+    if type_of(known, types) != Const() or len(shape_of(known)) > 1 or argument(node, "sorter", None) is not None:
+        return Mixes(f"{op_name(node)} in a list that depends on the tokens")
+    return types[values]
 
 
 @rule("embedding")
@@ -54,14 +78,25 @@ def index_select(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | M
 
 @rule("index")
 def index(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
-    """A lookup in a constant table by per-token indices."""
-    table, indices = operands(node)
-    if types[table] != Const():
-        return Mixes("tokens are picked by index")
-    if any(i is None or i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices):
-        return Mixes("a lookup that mixes slices, masks and per-token indices")
-    rank = max(len(shape_of(i)) for i in indices)
-    axes = {rank - len(shape_of(i)) + kind.axis for i in indices if isinstance(kind := types[i], Tok)}
+    """Each token looks up its own element of a constant table, or every token keeps the same columns.
+
+    Indices that stand side by side are replaced by their common shape, others make it stand in front.
+    """
+    table, given = operands(node)
+    places = [place for place, i in enumerate(given) if i is not None]
+    indices = [given[place] for place in places]
+    if any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices):
+        return Mixes("a mask as an index, which picks as many elements as it shows")
+    common = max(len(shape_of(i)) for i in indices)
+    side_by_side = places == list(range(places[0], places[-1] + 1))
+    kind = types[table]
+    if isinstance(kind, Tok):
+        if kind.axis in places or any(types[i] != Const() for i in indices):
+            return Mixes("tokens are picked by index")
+        in_front = not side_by_side or places[0] < kind.axis
+        return Tok(kind.axis - sum(place < kind.axis for place in places) + (common if in_front else 0))
+    first = places[0] if side_by_side else 0
+    axes = {first + common - len(shape_of(i)) + of.axis for i in indices if isinstance(of := types[i], Tok)}
     return Tok(axes.pop()) if len(axes) == 1 else Mixes("indices of different tokens are combined")
 
 
@@ -107,3 +142,14 @@ def token_logps(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mi
     if any(types[capture] != Const() for capture in captures):
         return Mixes("a head whose weights depend on the tokens")
     return Tuple((Tok(0), Tok(0)))
+
+
+@rule("unshared")
+def unshared(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
+    """A module on rows of whole sequences, which ``passes.unshare`` proved causal."""
+    call = graph.unshared[argument(node, "call")]
+    for source, axes in zip(argument(node, "inputs"), call.inputs, strict=True):
+        kind = types[source]
+        if kind != Const() and (axes.batch is None or kind != Tok(*axes.tokens)):
+            return Mixes(f"{call.path} reads {source.name}, which is not one row per token")
+    return Tok(call.outputs[argument(node, "output")].tokens[0])

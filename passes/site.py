@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,7 +226,8 @@ def _without_factor(expr: Expr, factor: Op) -> Expr:
 def dropout_refusal(node: fx.Node, p: float) -> Refusal:
     """Why attention dropout cannot be packed."""
     reason = f"dropout in attention while training (p={p}): packed and unpacked rows would draw different masks"
-    return Refusal.at(node, reason, "set the model's attention dropout to 0, or call .eval()")
+    refusal = Refusal.at(node, reason, "set the model's attention dropout to 0, or call .eval()")
+    return dataclasses.replace(refusal, final=True)
 
 
 def head_count(shape: Any) -> int:

@@ -9,9 +9,10 @@ inputs of the captured graph that nothing reads yet; the passes connect them.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from .capture_checks import branches_on_length, nothing_escapes
+from .module_trail import ModuleTrail
 from .passes.base import NotPackable, PackGraph, Refusal
+from .unsharing import Watched, standing_in
 
 __all__ = ["capture", "logits_of"]
 
@@ -69,32 +72,39 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
 class _Captured(nn.Module):
     """The model, with one more input for each size of the layout that is not the row's length."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, trail: ModuleTrail) -> None:
         super().__init__()
         self.model = model
+        self.__dict__["trail"] = trail
 
-    def forward(self, input_ids: Tensor, segments: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, segments: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
+        self.__dict__["trail"].watch(input_ids)
         return call_model(self.model, input_ids)
 
 
-def capture(model: nn.Module) -> PackGraph:
+def capture(model: nn.Module, watched: Mapping[str, Watched] | None = None) -> PackGraph:
     """Export ``model`` in its present mode (train or eval) and lift its state to inputs.
 
     Args:
         model: maps ``[1, L]`` token ids to logits; any device, ``meta`` included.
+        watched: modules that stay as they are (``ppcompile.unsharing``); markers stand for them in the graph.
 
     Returns:
-        The graph before any pass. Its inputs are the model's state, then ``LAYOUT_INPUTS``.
+        The graph before any pass. Its inputs are the model's state, then ``LAYOUT_INPUTS``, and ``ROW_INPUTS`` where a
+        module stays as it is.
 
     Raises:
         NotPackable: ``torch.export`` cannot capture the model, or capturing it changes its state.
     """
-    exported = _export(model)
+    watched, trail = watched or {}, ModuleTrail(model)
+    exported = _export(model, watched, trail)
     _refuse_state_changes(exported)
-    return _lift(exported, model)
+    graph = _lift(exported, model, trail)
+    graph.unshared = {call.name: call for module in watched.values() for call, _, _ in module.calls}
+    return graph
 
 
-def _export(model: nn.Module) -> ExportedProgram:
+def _export(model: nn.Module, watched: Mapping[str, Watched], trail: ModuleTrail) -> ExportedProgram:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     example = (
         torch.zeros(1, _EXAMPLE_LENGTH, dtype=torch.int64, device=device),
@@ -102,16 +112,33 @@ def _export(model: nn.Module) -> ExportedProgram:
         torch.zeros(11, dtype=torch.int64, device=device),
     )
     # Dim.DYNAMIC, not a named Dim: a model with tables of N positions bounds T, which a named one calls an error.
-    dynamic = ({1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC})
+    dynamic: tuple[dict[int, Any], ...] = ({1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC})
+    if watched:
+        example = (*example, torch.zeros(3, 29, dtype=torch.int64, device=device))  # type: ignore[assignment]
+        dynamic = (*dynamic, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC})
     try:
-        with _quiet(), _plain_attention(model), _as_in_training(), nothing_escapes(model):
-            return torch.export.export(_Captured(model), example, dynamic_shapes=dynamic, strict=False)
-    except NotPackable:
-        raise
+        with (
+            _quiet(),
+            _plain_attention(model),
+            _as_in_training(),
+            nothing_escapes(model),
+            standing_in(model, watched),
+            trail.following(),
+        ):
+            return torch.export.export(_Captured(model, trail), example, dynamic_shapes=dynamic, strict=False)
+    except NotPackable as refused:
+        raise _located(refused, trail) from refused.__cause__
     # torch.export has no common base class for what it raises; whatever it is, the model cannot be captured,
     # and the cause stays attached.
     except Exception as error:
-        raise NotPackable(_export_refusal(error)) from error
+        raise _located(NotPackable(_export_refusal(error)), trail) from error
+
+
+def _located(refused: NotPackable, trail: ModuleTrail) -> NotPackable:
+    """The refusal, with the module that the model's code was in."""
+    if refused.refusal.module:
+        return refused
+    return NotPackable(dataclasses.replace(refused.refusal, module=trail.culprit))
 
 
 @contextlib.contextmanager
@@ -139,7 +166,7 @@ def _refuse_state_changes(exported: ExportedProgram) -> None:
             )
 
 
-def _lift(exported: ExportedProgram, model: nn.Module) -> PackGraph:
+def _lift(exported: ExportedProgram, model: nn.Module, trail: ModuleTrail) -> PackGraph:
     state: dict[str, str] = {}
     constants: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
@@ -165,12 +192,12 @@ def _lift(exported: ExportedProgram, model: nn.Module) -> PackGraph:
     longest = exported.range_constraints[length].upper
     if longest.is_Integer:
         graph.limit_positions(int(longest))
-    graph.branches = branches_on_length(exported, length)
+    graph.branches = branches_on_length(exported, length, trail.guards)
     return graph
 
 
 def _add_layout_inputs(graph: fx.Graph, inputs: dict[str, fx.Node]) -> None:
-    """Add the inputs of ``LAYOUT_INPUTS`` that the model was not captured with, of the sizes of those that it was."""
+    """Add the layout's inputs that the model was not captured with, of the sizes of those that it was."""
     ids, targets = inputs["input_ids"].meta["val"], inputs["targets"].meta["val"]
     with ids.fake_mode:
         missing = {
@@ -178,6 +205,8 @@ def _add_layout_inputs(graph: fx.Graph, inputs: dict[str, fx.Node]) -> None:
             "subtree_end": ids.new_empty(ids.shape[1]),
             "predecessors": torch.empty_like(targets),
         }
+        if "rows" in inputs:
+            missing["copies"] = ids.new_empty(ids.shape[1])
     for name, value in missing.items():
         with graph.inserting_after(inputs["targets"]):
             node = graph.create_node("placeholder", name, name=name)
@@ -186,12 +215,14 @@ def _add_layout_inputs(graph: fx.Graph, inputs: dict[str, fx.Node]) -> None:
 
 def _rename_modules(graph_module: torch.fx.GraphModule) -> None:
     """Module paths as the user knows them: without the capturing module at the root."""
+    renamed: set[int] = set()  # nodes of nested graphs may share their metadata with a node outside
     for owner in graph_module.modules():
         if not isinstance(owner, torch.fx.GraphModule):
             continue
         for node in owner.graph.nodes:
             stack = node.meta.get("nn_module_stack")
-            if stack:
+            if stack and id(node.meta) not in renamed:
+                renamed.add(id(node.meta))
                 inner = {k: (path.removeprefix("model").lstrip("."), kind) for k, (path, kind) in stack.items() if path}
                 node.meta["nn_module_stack"] = inner
 

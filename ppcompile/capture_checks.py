@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 from unittest import mock
@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 
 from .passes.base import NotPackable, Refusal
 
-__all__ = ["branches_on_length", "nothing_escapes", "python_state"]
+__all__ = ["attributes_restored", "branches_on_length", "nothing_escapes", "python_state"]
 
 _LENGTHS = (*range(2, 130), *(2**n + d for n in range(8, 18) for d in (-1, 0, 1)))
 """Row lengths at which a condition is tried; it must hold at all of them to be no condition."""
@@ -31,17 +31,24 @@ _LENGTHS = (*range(2, 130), *(2**n + d for n in range(8, 18) for d in (-1, 0, 1)
 # --------------------------------------------------------------------------- branches on the row's length
 
 
-def branches_on_length(exported: ExportedProgram, length: sympy.Symbol) -> list[Refusal]:
+def branches_on_length(exported: ExportedProgram, length: sympy.Symbol, modules: Sequence[str]) -> list[Refusal]:
     """Conditions on the number of tokens that the model's code met, other than "at most N tokens".
 
     The graph holds the branch that was taken for the example's length; sequences of another length take another one.
+    ``modules`` are the paths of the modules that met the first conditions, in order.
     """
     ids = next(node for node in exported.graph.nodes if node.name == "input_ids")
     guards = ids.meta["val"].fake_mode.shape_env.guards
-    conditions = [guard for guard in guards if length in guard.expr.free_symbols]
-    longest = [bound for guard in conditions if (bound := _upper_bound(guard.expr, length)) is not None]
-    found = []
-    for guard in conditions:
+    where = itertools.chain(modules, itertools.repeat(""))
+    conditions = [
+        (guard, path) for guard, path in zip(guards, where, strict=False) if length in guard.expr.free_symbols
+    ]
+    longest = [bound for guard, _ in conditions if (bound := _upper_bound(guard.expr, length)) is not None]
+    found, seen = [], set()
+    for guard, path in conditions:
+        if guard.expr in seen:
+            continue
+        seen.add(guard.expr)
         # At exactly N tokens a slice of a table of N rows is the table itself, which export tells apart.
         whole_table = any(guard.expr == sympy.Ne(length, bound) for bound in longest)
         if (
@@ -49,7 +56,7 @@ def branches_on_length(exported: ExportedProgram, length: sympy.Symbol) -> list[
             and not whole_table
             and not _always_holds(guard.expr, length, longest)
         ):
-            found.append(_branch(guard.expr, length, str(guard.sloc)))
+            found.append(_branch(guard.expr, length, str(guard.sloc), path))
     return found
 
 
@@ -64,15 +71,14 @@ def _upper_bound(condition: Any, length: sympy.Symbol) -> int | None:
 
 def _always_holds(condition: Any, length: sympy.Symbol, longest: list[int]) -> bool:
     limit = min(longest, default=_LENGTHS[-1])
-    return all(condition.subs(length, n) == sympy.true for n in _LENGTHS if n <= limit)
+    return all(condition.xreplace({length: sympy.Integer(n)}) == sympy.true for n in _LENGTHS if n <= limit)
 
 
-def _branch(condition: Any, length: sympy.Symbol, where: str) -> Refusal:
+def _branch(condition: Any, length: sympy.Symbol, where: str, module: str) -> Refusal:
     text = str(condition).replace(str(length), "T")
     reason = f"the model's code asks whether {text} of its row of T tokens, and a pack holds sequences of many lengths"
-    return Refusal(
-        reason, op="a branch on the row's length", source=where, hint="make the code the same for all lengths"
-    )
+    op, hint = "a branch on the row's length", "make the code the same for all lengths"
+    return Refusal(reason, module, op, where, hint)
 
 
 # --------------------------------------------------------------------------- what leaves no operator behind
@@ -108,6 +114,16 @@ def nothing_escapes(model: nn.Module) -> Iterator[None]:
     for path, attribute in changed:
         reason = f"the forward pass stores {attribute!r} on the module, which a captured graph would not do"
         raise NotPackable(Refusal(reason, path, op="assignment", hint="keep no state between forwards"))
+
+
+@contextlib.contextmanager
+def attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Leave the modules' plain attributes and tensors as found, whatever runs inside."""
+    before = {path: dict(vars(module)) for path, module in model.named_modules()}
+    try:
+        yield
+    finally:
+        _restored(model, before)
 
 
 def _restored(model: nn.Module, before: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .capture_checks import python_state
+from .passes.base import ROW_INPUTS
 from .pipeline import Compiled, compile_model
 from .runtime.batch import PackedBatch
+from .runtime.rows import unpacked_rows
 
 __all__ = ["PackedModel", "PackedOutput", "wrap"]
 
@@ -131,13 +133,15 @@ class PackedModel(nn.Module):
     def _inputs(self, compiled: Compiled, batch: PackedBatch) -> list[Tensor]:
         """The graph's inputs in order: the model's state as it is now, then the layout."""
         graph, inputs = compiled.graph, []
+        rows = unpacked_rows(batch.segments, batch.position_ids) if graph.unshared else ()
+        layout = dict(zip(ROW_INPUTS, rows, strict=False))
         for node in graph.graph.find_nodes(op="placeholder"):
             if node.name in graph.state:
                 inputs.append(_state(self.unwrapped, graph.state[node.name]))
             elif node.name in graph.constants:
                 inputs.append(graph.constants[node.name])
             else:
-                inputs.append(getattr(batch, node.name))
+                inputs.append(layout[node.name] if node.name in layout else getattr(batch, node.name))
         return inputs
 
 

@@ -4,6 +4,7 @@ A captured model is a graph from ``input_ids [1, T]`` to ``logits [1, T, V]`` fo
 into a graph from a pack to the log-probabilities of its scored tokens, one change at a time:
 
     canonicalize          one flat, functional graph
+    unshare               modules that stay as they are: positions and masks for unpacked rows, proved causal
     recognize_attention   find every attention, read its score and its mask, prove the mask causal
     rewrite_attention     attention -> prefix_attention: my ancestors and my own past
     rewrite_positions     index of a token -> its logical position
@@ -17,14 +18,15 @@ The same names appear in reports, dumps and errors.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from .capture import capture
-from .passes.base import PackGraph, PassResult
+from .capture import call_model, capture
+from .passes.base import NotPackable, PackGraph, PassResult, Refusal
 from .passes.canonicalize import canonicalize
 from .passes.check_token_mixing import check_token_mixing
 from .passes.insert_epilogue import insert_epilogue
@@ -33,6 +35,9 @@ from .passes.recognize import recognize_attention
 from .passes.rewrite_attention import rewrite_attention
 from .passes.rewrite_positions import rewrite_positions
 from .passes.token_demand import token_demand
+from .passes.unshare import unshare
+from .unsharing import Unsharing, observe
+from .unsharing_choice import widened
 
 __all__ = ["Compiled", "Stage", "compile_model", "passes"]
 
@@ -47,6 +52,7 @@ def passes(backend: str = "auto") -> tuple[Pass, ...]:
 
     return (
         canonicalize,
+        unshare,
         recognize_attention,
         rewrite_attention,
         rewrite_positions,
@@ -112,8 +118,29 @@ def compile_model(model: nn.Module, *, backend: str = "auto", keep_code: bool = 
     Raises:
         NotPackable: the model cannot be captured, or a pass cannot prove it safe.
     """
+    unshared: Unsharing = {}
+    refusals: list[Refusal] = []
+    while True:
+        try:
+            return _compile(model, backend, keep_code, unshared)
+        except NotPackable as refused:
+            refusals.append(refused.refusal)
+            wider = widened(model, unshared, refused.refusal)
+            if wider is None:
+                raise NotPackable(_in_one(refusals)) from refused.__cause__
+            unshared = wider
+
+
+def _in_one(refusals: list[Refusal]) -> Refusal:
+    """The first refusal, and why keeping its module out of the graph did not help."""
+    first, *_ = refusals
+    later = [refusal.reason for refusal in refusals[1:] if refusal.reason != first.reason]
+    return dataclasses.replace(first, reason="; ".join((first.reason, *later[-1:])))
+
+
+def _compile(model: nn.Module, backend: str, keep_code: bool, unshared: Unsharing) -> Compiled:
     start = time.perf_counter()
-    graph = capture(model)
+    graph = capture(model, observe(model, unshared, call_model) if unshared else {})
     count = sum(graph.op_counts().values())
     compiled = Compiled(graph)
     compiled.stages.append(_stage("capture", start, 0, count, PassResult("capture"), graph, keep_code))

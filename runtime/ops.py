@@ -1,6 +1,6 @@
 """The op contracts: what passes may write into a graph, and what backends must compute.
 
-This file defines the three ops of a packed graph. Each has a schema on plain tensors, a fake (shapes
+This file defines the ops of a packed graph. Each has a schema on plain tensors, a fake (shapes
 only), an autograd rule, and a readable definition; fast implementations live under
 ``runtime/attention`` and ``runtime/epilogues`` and are tested against it. It imports only torch and
 :mod:`runtime.program`, so that the compiler can name the ops without loading a backend.
@@ -12,6 +12,7 @@ Shapes: ``H`` query heads, ``G`` key/value heads (``H % G == 0``), ``T`` packed 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -20,7 +21,17 @@ from torch import Tensor
 
 from .program import ALWAYS, PLAIN
 
-__all__ = ["ATTENTION_BACKENDS", "Score", "attention_backend", "block_lists_op", "prefix_attention", "token_logps"]
+__all__ = [
+    "ATTENTION_BACKENDS",
+    "Score",
+    "attention_backend",
+    "block_lists_op",
+    "prefix_attention",
+    "prefix_sum",
+    "row_functions",
+    "token_logps",
+    "unshared",
+]
 
 ATTENTION_BACKENDS = ("reference", "cascade", "flex")
 """Names accepted as ``backend``; each is a module of ``runtime/attention``."""
@@ -85,6 +96,13 @@ def block_lists_op() -> torch._ops.OpOverload:
     from . import layout
 
     return layout.block_lists_op._opoverload
+
+
+def row_functions() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """``unpack`` and ``repack``, which stand around a module that runs on unpacked rows; see ``runtime/rows.py``."""
+    from . import rows
+
+    return rows.unpack, rows.repack
 
 
 # --------------------------------------------------------------------------- prefix_attention
@@ -198,6 +216,34 @@ def _attention_backward(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-de
 prefix_attention.register_autograd(_attention_backward, setup_context=_setup_context)
 
 
+# --------------------------------------------------------------------------- prefix_sum
+
+
+@torch.library.custom_op("ppcompile::prefix_sum", mutates_args=())
+def prefix_sum(values: Tensor, subtree_end: Tensor, dim: int) -> Tensor:
+    """Running sums along each sequence: slot ``i`` holds the sum over its ancestors and itself.
+
+    That is the sum over all slots up to ``i``, less what belongs to subtrees that have ended by then. Whole numbers
+    only: of others the difference would not be exact.
+
+    Args:
+        values: int64, slots on axis ``dim``.
+        subtree_end: int64 ``[T]``, see :class:`Layout`.
+
+    Returns:
+        int64, the shape of ``values``.
+    """
+    count = subtree_end.numel()
+    shape = (*values.shape[:dim], count + 1, *values.shape[dim + 1 :])
+    ended = values.new_zeros(shape).index_add(dim, subtree_end, values).narrow(dim, 0, count)
+    return (values - ended).cumsum(dim)
+
+
+@prefix_sum.register_fake
+def _(values, subtree_end, dim):  # type: ignore[no-untyped-def]
+    return torch.empty_like(values)
+
+
 # --------------------------------------------------------------------------- token_logps
 
 
@@ -257,3 +303,26 @@ def _token_logps_backward(ctx, grad, _grad_lse):  # type: ignore[no-untyped-def]
 
 
 token_logps.register_autograd(_token_logps_backward, setup_context=_setup_token_logps)
+
+
+# --------------------------------------------------------------------------- unshared
+
+
+@torch.library.custom_op("ppcompile::unshared", mutates_args=())
+def unshared(inputs: list[Tensor], call: str, output: int, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Output ``output`` of a call of a module that is not captured, and will run on unpacked rows.
+
+    A marker: it stands for the module while the graph is captured and rewritten, and ``lower`` replaces it by the call.
+
+    Args:
+        inputs: the tensors that the module was called with.
+        call: which call of which module, a key of ``PackGraph.unshared``.
+        output: which of the tensors that the module returns.
+        shape, dtype: of that tensor.
+    """
+    raise NotImplementedError(f"ppcompile::unshared({call!r}) is a marker; lower replaces it")
+
+
+@unshared.register_fake
+def _(inputs, call, output, shape, dtype):  # type: ignore[no-untyped-def]
+    return inputs[0].new_empty(shape, dtype=dtype)

@@ -8,6 +8,7 @@ import pytest
 import zoo
 from typer.testing import CliRunner
 
+from ppcompile import pipeline
 from ppcompile.cli import app
 
 WIDE = {"COLUMNS": "200"}
@@ -31,7 +32,7 @@ def test_inspect_shows_passes_and_sites_and_writes_dumps(folder: Path, tmp_path:
         assert expected in result.output
     stages = sorted(path.name for path in (tmp_path / "dump").iterdir())
     assert stages[0] == "00_capture.py"
-    assert len(stages) == 9
+    assert len(stages) == 1 + len(pipeline.passes())
     assert "ppcompile.prefix_attention" in (tmp_path / "dump" / stages[-1]).read_text()
     assert "<svg" in (tmp_path / "mask.svg").read_text()
 
@@ -52,11 +53,11 @@ def test_verify_compares_real_weights(folder: Path) -> None:
 
 
 def test_a_refusal_names_module_and_op(tmp_path: Path) -> None:
-    zoo.REFUSED["mamba2"][0]().config.save_pretrained(tmp_path)
+    zoo.REFUSED["bert"][0]().config.save_pretrained(tmp_path)
     result = run("inspect", tmp_path)
     assert result.exit_code == 1
     assert "not packable" in result.output
-    assert "backbone.layers.0.mixer" in result.output
+    assert "bert.encoder.layer.0.attention.self" in result.output
 
 
 def test_a_mistake_says_what_is_accepted(tmp_path: Path) -> None:

@@ -160,6 +160,39 @@ class Convolution(nn.Module):
         return self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
 
 
+class CentredConvolution(Convolution):
+    """Sees one token ahead."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.transpose(1, 2))[..., 1:-1].transpose(1, 2)
+
+
+class LoopOverTokens(nn.Module):
+    """A recurrence written as a loop, which no capture can keep for all lengths."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner, self.decay = nn.Linear(width, width), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, out = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            state = torch.sigmoid(self.decay) * state + self.inner(x[:, t])
+            out.append(state)
+        return torch.stack(out, dim=1)
+
+
+class GatedMean(nn.Module):
+    """A mean over all tokens behind a gate that starts at zero: harmless now, wrong after a step of training."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gate * x.mean(dim=1, keepdim=True)
+
+
 class MeanOverTokens(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -240,20 +273,24 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "plain_triangle": _plain(TriangleAttention),
 }  # fmt: skip
 
+UNSHARED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    # name: builder, one of the modules that must stay as they are
+    "mamba2": (_transformers("mamba2", num_heads=4, head_dim=16, state_size=16, n_groups=1), "backbone.layers.0.mixer"),
+    "mamba": (_transformers("mamba", state_size=8), "backbone.layers.1.mixer"),
+    "convolution": (_plain(mixer=Convolution), "blocks.0.mixer"),
+    "token_shift": (_plain(mixer=TokenShift), "blocks.0.mixer"),
+    "running_sum": (_plain(mixer=RunningSum), "blocks.0.mixer"),
+    "loop_over_tokens": (_plain(mixer=LoopOverTokens), "blocks.0.mixer"),
+}  # fmt: skip
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     # name: builder, module that must be named, op that must be named
-    "mamba2": (
-        _transformers("mamba2", num_heads=4, head_dim=16, state_size=16, n_groups=1),
-        "backbone.layers.0.mixer",
-        "conv1d",
-    ),
     "bert": (_transformers("bert"), "bert.encoder.layer.0.attention.self", "scaled_dot_product_attention"),
-    "convolution": (_plain(mixer=Convolution), "blocks.0.mixer.conv", "conv1d"),
+    "centred_convolution": (_plain(mixer=CentredConvolution), "blocks.0.mixer.conv", "conv1d"),
+    "gated_mean": (_plain(mixer=GatedMean), "blocks.0.mixer", "mean"),
     "bidirectional": (_plain(Bidirectional), "blocks.0.attention", "scaled_dot_product_attention"),
     "one_ahead": (_plain(SeesOneAhead), "blocks.0.attention", "scaled_dot_product_attention"),
     "mean_over_tokens": (_plain(mixer=MeanOverTokens), "blocks.0.mixer", "mean"),
-    "token_shift": (_plain(mixer=TokenShift), "blocks.0.mixer", "pad"),
-    "running_sum": (_plain(mixer=RunningSum), "blocks.0.mixer", "cumsum"),
     "batch_statistics": (_plain(mixer=BatchStatistics), "blocks.0.mixer.norm", "batch_norm"),
     "scaled_by_index": (_plain(mixer=ScaledByIndex), "blocks.0.mixer", "flip"),
 }

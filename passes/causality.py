@@ -1,0 +1,226 @@
+"""The proof that a module which stays as it is may run on rows of whole sequences.
+
+Rows are filled up to the longest, and stand in one batch. The module then computes what it computes on one sequence
+alone if the first t tokens of each row come out as they do for a row that ends after t tokens, in a batch of its own.
+That is causality, independence of the rows, and no use of the row's length, in one equation, tried in values and in
+gradients:
+
+    module(rows)[b, :t]  ==  module(rows[b:b+1, :t])
+
+With the module's own weights and with random ones: a gate that starts at zero would hide what training lets through.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .unshare import Axes, UnsharedCall
+
+__all__ = ["NOT_CAUSAL", "prove_causal"]
+
+NOT_CAUSAL = "it is not causal"
+
+InputsAt = Callable[[int], "list[Tensor | None]"]
+"""Length -> the inputs that are functions of position, at that length; None for those that hold tokens."""
+
+_TOLERANCE = 2e-4  # float32, relative to the largest value
+_LOOSE = 10  # gradients sum over tokens
+
+
+@dataclass(frozen=True)
+class _Effort:
+    """How much is tried: the rows' length, where they are cut, and how large the inputs are."""
+
+    length: int
+    cuts: tuple[int, ...]
+    scales: tuple[float, ...]
+
+
+# Cuts on both sides of the sizes that chunked algorithms use.
+_FULL = _Effort(290, (1, 2, 7, 64, 65, 129, 256, 289), (1.0, 4.0))
+_BRIEF = _Effort(70, (1, 5, 64), (1.0,))
+_ROWS = 2
+
+
+def prove_causal(call: UnsharedCall, positional: InputsAt, *, brief: bool = False) -> str | None:
+    """None if ``module(rows)[b, :t] == module(rows[b:b+1, :t])``, otherwise what was found.
+
+    Args:
+        call: the module, its axes, and inputs that it was seen to get.
+        positional: its inputs that are functions of position.
+        brief: for a module of which one like it has been proved in full.
+    """
+    effort = _BRIEF if brief else _FULL
+    for seed, weights in enumerate((_own, _random)):
+        module = weights(_copy(call.module.wrapped))
+        run = _Run(call, call.module.bound_to(module), positional)
+        before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        for scale in effort.scales:
+            try:
+                finding = _compare(run, effort, scale, seed)
+            except _Failed as failed:
+                finding = str(failed)
+            if finding is not None:
+                return finding
+        if any(not torch.equal(buffer, before[name]) for name, buffer in module.named_buffers()):
+            return "it changes its buffers as it runs"
+    return None
+
+
+# --------------------------------------------------------------------------- the module, copied
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """The module in float32, without dropout: its draws would differ from run to run."""
+    twin = copy.deepcopy(module).float()
+    for part in twin.modules():
+        for name, value in vars(part).items():
+            if ("drop" in name and isinstance(value, float)) or (isinstance(part, nn.Dropout) and name == "p"):
+                setattr(part, name, 0.0)
+    return twin
+
+
+def _own(module: nn.Module) -> nn.Module:
+    return module
+
+
+def _random(module: nn.Module) -> nn.Module:
+    """Normal weights that keep activations near one."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
+            drawn = torch.randn(parameter.shape, generator=generator) / fan_in**0.5
+            parameter.copy_(drawn)
+    return module
+
+
+# --------------------------------------------------------------------------- running it
+
+
+class _Failed(Exception):
+    """The module raised."""
+
+
+class _Run:
+    """Runs a module on rows of drawn tokens."""
+
+    def __init__(self, call: UnsharedCall, module: nn.Module, positional: InputsAt) -> None:
+        self.call, self.module, self.positional = call, module, positional
+        self.parameters = [p for p in module.wrapped.parameters() if p.requires_grad]  # type: ignore[union-attr]
+
+    def draw(self, length: int, scale: float, seed: int) -> list[Tensor | None]:
+        """Inputs that hold tokens, for rows of ``length``."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn: list[Tensor | None] = []
+        for axes, sample, known in zip(self.call.inputs, self.call.samples, self.positional(length), strict=True):
+            drawn.append(
+                None if known is not None or not axes.tokens else _tokens_like(sample, axes, length, scale, generator)
+            )
+        return drawn
+
+    def inputs(self, drawn: Sequence[Tensor | None], row: int | None, length: int) -> list[Tensor]:
+        """All inputs, for all rows or for one of them, cut to ``length`` tokens."""
+        given = []
+        for axes, tokens, known, sample in zip(
+            self.call.inputs, drawn, self.positional(length), self.call.samples, strict=True
+        ):
+            if tokens is None:
+                value = sample if known is None else known.to(sample.device)
+                value = value.float() if value.is_floating_point() else value
+                count = _ROWS if row is None else 1
+                given.append(value if axes.batch is None else _expand(value, axes.batch, count))
+                continue
+            assert axes.batch is not None
+            part = tokens.narrow(axes.tokens[0], 0, length)
+            given.append(part if row is None else part.narrow(axes.batch, row, 1))
+        return given
+
+    def __call__(self, given: Sequence[Tensor]) -> list[Tensor]:
+        try:
+            with torch.enable_grad():
+                return list(self.module(*given))
+        # A module that cannot run on these rows may raise anything; the error stays attached to the refusal.
+        except Exception as error:
+            raise _Failed(f"it fails on rows of tokens: {type(error).__name__}: {error}") from error
+
+
+def _expand(value: Tensor, axis: int, count: int) -> Tensor:
+    return value.expand([count if n == axis else size for n, size in enumerate(value.shape)])
+
+
+def _tokens_like(sample: Tensor, axes: Axes, length: int, scale: float, generator: torch.Generator) -> Tensor:
+    """Normal tokens of the sample's spread; of what is no number to add to, tokens of the sample itself."""
+    (token_axis,), batch = axes.tokens, axes.batch
+    assert batch is not None
+    sizes = {token_axis: length, batch: _ROWS}
+    shape = [sizes.get(n, size) for n, size in enumerate(sample.shape)]
+    if not sample.is_floating_point():
+        picked = torch.randint(sample.numel(), shape, generator=generator)
+        return sample.flatten()[picked.to(sample.device)]
+    drawn = torch.randn(shape, generator=generator).to(sample.device)
+    return scale * drawn
+
+
+# --------------------------------------------------------------------------- the comparison
+
+
+def _compare(run: _Run, effort: _Effort, scale: float, seed: int) -> str | None:
+    drawn = [
+        None if t is None else t.requires_grad_(t.is_floating_point()) for t in run.draw(effort.length, scale, seed)
+    ]
+    leaves = [t for t in drawn if t is not None and t.requires_grad] + run.parameters
+    whole = run(run.inputs(drawn, None, effort.length))
+    if not all(t.isfinite().all() for t in whole if t.is_floating_point()):
+        return "its results are not finite on random tokens"
+    for cut, row in zip(effort.cuts, itertools.cycle(range(_ROWS)), strict=False):
+        part = run(run.inputs(drawn, row, cut))
+        here = [_cut(t, axes, row, cut) for t, axes in zip(whole, run.call.outputs, strict=True)]
+        if not all(_same(a, b, 1) for a, b in zip(part, here, strict=True)):
+            return (
+                f"{NOT_CAUSAL}: the first {cut} tokens come out otherwise where more follow, or with a row beside them"
+            )
+        if leaves:
+            weights = _cotangents(part, seed)
+            of_part, of_here = (_gradients(outputs, weights, leaves) for outputs in (part, here))
+            if not all(_same(a, b, _LOOSE) for a, b in zip(of_part, of_here, strict=True)):
+                return f"{NOT_CAUSAL}: the gradients of the first {cut} tokens are others where more follow"
+    again = run(run.inputs(drawn, None, effort.length))
+    if not all(_same(a, b, 1) for a, b in zip(whole, again, strict=True)):
+        return "it gives other results when it runs again"
+    return None
+
+
+def _cut(value: Tensor, axes: Axes, row: int, length: int) -> Tensor:
+    assert axes.batch is not None
+    return value.narrow(axes.tokens[0], 0, length).narrow(axes.batch, row, 1)
+
+
+def _cotangents(outputs: Sequence[Tensor], seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(100 + seed)
+    return [torch.randn(t.shape, generator=generator).to(t.device) for t in outputs]
+
+
+def _gradients(outputs: Sequence[Tensor], weights: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+    pairs = [(t, w) for t, w in zip(outputs, weights, strict=True) if t.requires_grad]
+    if not pairs:
+        return []
+    of, over = [t for t, _ in pairs], [w.to(t.dtype) for t, w in pairs]
+    found: Sequence[Tensor | None] = torch.autograd.grad(of, leaves, over, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+
+
+def _same(a: Tensor, b: Tensor, factor: float) -> bool:
+    """Equal up to rounding; NaN is equal to nothing."""
+    if a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
+    scale = max(a.detach().abs().max().item(), b.detach().abs().max().item(), 1e-6)
+    return bool((a - b).detach().abs().max() <= factor * _TOLERANCE * scale)

@@ -1,0 +1,58 @@
+"""lower unshared: the marker of an unshared module becomes its call on unpacked rows.
+
+before    unshared([x, mask], "layers.0.mamba", output 0)
+after     repack(layers.0.mamba(unpack(x, rows), mask)[0], copies)
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from ..runtime import ops
+from .base import PackGraph, argument, is_op
+from .unshare import Axes, UnsharedCall
+
+__all__ = ["lower_unshared"]
+
+
+def lower_unshared(graph: PackGraph) -> list[str]:
+    """Replace the markers; returns one line for each call."""
+    markers: dict[str, list[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        if is_op(node, "ppcompile.unshared"):
+            markers.setdefault(argument(node, "call"), []).append(node)
+    for name, nodes in markers.items():
+        _replace(graph, graph.unshared[name], nodes)
+    return [f"{graph.unshared[name].path}: itself, on unpacked rows" for name in markers]
+
+
+def _replace(graph: PackGraph, call: UnsharedCall, markers: list[fx.Node]) -> None:
+    unpack, repack = ops.row_functions()
+    target = f"unshared_{len([n for n in graph.graph.nodes if n.op == 'call_module'])}"
+    graph.module.add_submodule(target, call.module)
+    first = markers[0]
+    with graph.graph.inserting_before(first):
+        inputs = []
+        for source, axes in zip(argument(first, "inputs"), call.inputs, strict=True):
+            packed = any(graph.is_length(size) for size in source.meta["val"].shape)
+            inputs.append(_along(graph, unpack, source, "rows", axes, first) if packed else source)
+        results = graph.graph.call_module(target, tuple(inputs))
+    results.meta = {key: value for key, value in first.meta.items() if key != "val"}
+    for marker in markers:
+        place = argument(marker, "output")
+        with graph.graph.inserting_before(marker):
+            row_value = graph.graph.call_function(operator.getitem, (results, place))
+            row_value.meta = dict(results.meta)
+            back = _along(graph, repack, row_value, "copies", call.outputs[place], marker)
+        back.meta["val"] = marker.meta["val"]
+        marker.replace_all_uses_with(back)
+
+
+def _along(graph: PackGraph, function: Any, source: fx.Node, index: str, axes: Axes, like: fx.Node) -> fx.Node:
+    (token_axis,) = axes.tokens
+    node = graph.graph.call_function(function, (source, graph.layout(index), token_axis, axes.batch))
+    node.meta = {key: value for key, value in like.meta.items() if key != "val"}
+    return node

@@ -1,0 +1,174 @@
+"""unshare: modules that mix tokens otherwise than by attention run on rows of whole sequences.
+
+before    x [1, T, C], arange(T), mask [T, T] ── unshared("layers.0.mamba")
+after     x [1, T, C], arange(L), mask [L, L] ── unshared("layers.0.mamba")
+lower     unpack(x, rows) [B, L, C] ── layers.0.mamba ── repack(copies) [1, T, C]
+
+The module is not captured: a marker stands for it (``runtime.ops.unshared``), and what the front door saw when it was
+called is in ``PackGraph.unshared``. This pass gives the module its positions and masks for rows of L tokens, as it gets
+them from the unpacked model, and proves that it is causal; everything around it stays packed. The gradient of a slot
+flows through the first copy of it, which read all that any copy reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .base import NotPackable, PackGraph, PassResult, Refusal, argument, input_nodes, is_op
+from .causality import NOT_CAUSAL, prove_causal
+from .positional import PositionalValues
+
+__all__ = ["Axes", "UnsharedCall", "unshare"]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What stands where in a tensor that a module takes or returns.
+
+    Attributes:
+        tokens: the axes whose size is the number of tokens.
+        batch: the axis whose size is the number of rows, or None.
+    """
+
+    tokens: tuple[int, ...]
+    batch: int | None
+
+
+@dataclass(eq=False)
+class UnsharedCall:
+    """One call of a module that stays as it is.
+
+    Attributes:
+        name: the key in ``PackGraph.unshared``.
+        path: dotted path of the module.
+        kind: its class, and what it was called with that is not a tensor: calls of one kind are proved alike.
+        why: what kept it from being packed.
+        module: a module that takes the tensors in order and returns a tuple of tensors; ``wrapped`` is the user's own,
+            ``bound_to(other)`` the same call of another one.
+        inputs, outputs: the axes of the tensors.
+        samples: the tensors that the module was seen to get, for one short row.
+        proved: False where there are no weights to prove it with.
+    """
+
+    name: str
+    path: str
+    kind: str
+    why: str
+    module: Any
+    inputs: tuple[Axes, ...]
+    outputs: tuple[Axes, ...]
+    samples: tuple[Tensor, ...]
+    proved: bool = False
+
+
+def unshare(graph: PackGraph) -> PassResult:
+    """Give every unshared module its inputs for unpacked rows, and prove it causal.
+
+    Raises:
+        NotPackable: a module that is not causal, or reads what cannot be had for unpacked rows.
+    """
+    result = PassResult("unshare")
+    markers: dict[str, list[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        if is_op(node, "ppcompile.unshared"):
+            markers.setdefault(argument(node, "call"), []).append(node)
+    if not markers:
+        return result
+    rows = _Rows(graph)
+    known: set[str] = set()
+    for name, nodes in markers.items():
+        call = graph.unshared[name]
+        given: list[fx.Node] = argument(nodes[0], "inputs")
+        inputs = [rows.canonical(call, source, axes) for source, axes in zip(given, call.inputs, strict=True)]
+        _prove(call, given, rows, brief=call.kind in known)
+        known.add(call.kind)
+        for node in nodes:
+            node.args = (inputs, *node.args[1:])
+        result.matched.append(f"{call.path} on unpacked rows: {call.why}")
+        result.changed += len(nodes)
+    graph.finish()
+    return result
+
+
+class _Rows:
+    """What the model computes from positions alone, for rows of L tokens."""
+
+    def __init__(self, graph: PackGraph) -> None:
+        self.graph = graph
+        self.positional = PositionalValues(graph)
+        self._clones: dict[fx.Node, fx.Node] = {}
+
+    def is_positional(self, node: fx.Node) -> bool:
+        """True for a function of position with an axis of tokens."""
+        return bool(self.graph.token_axes(node)) and not self.positional.depends_on_tokens(node)
+
+    def canonical(self, call: UnsharedCall, node: fx.Node, axes: Axes) -> fx.Node:
+        """``node`` for rows of L tokens if it is a function of position; tokens and weights as they are."""
+        if not self.is_positional(node):
+            return node
+        self._check_prefix(call, node)
+        clone = self._clone(node)
+        if axes.batch is None:
+            return clone
+        with self.graph.graph.inserting_after(clone):
+            batch = self.graph.call(torch.ops.aten.sym_size.int, (self.graph.layout("rows"), 0), like=node)
+        shape = [batch if n == axes.batch else -1 for n in range(len(clone.meta["val"].shape))]
+        with self.graph.graph.inserting_after(batch):
+            return self.graph.call(torch.ops.aten.expand.default, (clone, shape), like=node)
+
+    def _clone(self, node: fx.Node) -> fx.Node:
+        """The nodes that ``node`` is computed from, on a row of L tokens in place of the pack."""
+        for source in self.positional.ancestors(node):
+            if source in self._clones:
+                continue
+            if source.op == "placeholder":
+                self._clones[source] = self._one_row() if source.name == "input_ids" else source
+                continue
+            with self.graph.graph.inserting_after(source):
+                clone = self.graph.graph.node_copy(source, self._clones.__getitem__)
+            clone.meta["val"] = self.graph.evaluate(clone)
+            self._clones[source] = clone
+        return self._clones[node]
+
+    def _one_row(self) -> fx.Node:
+        """int64 ``[1, L]``. What stands in it does not matter, as no token reaches what is cloned."""
+        rows = self.graph.layout("rows")
+        *_, last_input = input_nodes(self.graph.graph)
+        with self.graph.graph.inserting_after(last_input):
+            return self.graph.call(torch.ops.aten.slice.Tensor, (rows, 0, 0, 1), like=rows)
+
+    def at(self, given: Sequence[fx.Node], length: int) -> list[Tensor | None]:
+        """The positional ones of a module's inputs, for one row of ``length`` tokens."""
+        return [self.positional.evaluate(n, length) if self.is_positional(n) else None for n in given]
+
+    def _check_prefix(self, call: UnsharedCall, node: fx.Node) -> None:
+        """A row longer than a sequence must give it the same positions and masks as one of its own length."""
+        if not self._has_data(node):
+            return
+        if not self.positional.begins_alike(node):
+            reason = f"{call.path} reads {node.name}, whose values for the first tokens depend on the row's length"
+            raise NotPackable(Refusal.at(node, reason))
+
+    def _has_data(self, node: fx.Node) -> bool:
+        inputs = [n for n in self.positional.ancestors(node) if n.op == "placeholder" and n.name in self.graph.values]
+        return all(self.graph.values[n.name].device.type != "meta" for n in inputs)
+
+
+def _prove(call: UnsharedCall, given: Sequence[fx.Node], rows: _Rows, brief: bool) -> None:
+    for node, axes in zip(given, call.inputs, strict=True):
+        if not rows.is_positional(node) and axes.tokens and (len(axes.tokens) > 1 or axes.batch is None):
+            reason = f"{call.path} reads a tensor that is not one row per token: {node.name}"
+            raise NotPackable(Refusal(reason, call.path, call.kind))
+    if any(p.device.type == "meta" for p in call.module.wrapped.parameters()):
+        return  # taken at its word; wrapping real weights proves it
+    finding = prove_causal(call, lambda length: rows.at(given, length), brief=brief)
+    if finding is not None:
+        reason = f"{call.path} cannot run on rows of whole sequences either: {finding}"
+        # What is not causal inside is not causal outside.
+        raise NotPackable(Refusal(reason, call.path, final=finding.startswith(NOT_CAUSAL)))
+    call.proved = True

@@ -1,0 +1,300 @@
+"""Modules that stay as they are: seen at work, kept out of the capture, called on unpacked rows.
+
+A module that mixes tokens otherwise than by attention is not captured. It is watched on three small batches, which tell
+what stands where in the tensors that it takes and returns; a marker (``runtime.ops.unshared``) stands for it in the
+graph; and when the packed graph runs, the user's own module is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from .capture_checks import attributes_restored
+from .passes.base import NotPackable, Refusal
+from .passes.unshare import Axes, UnsharedCall
+from .runtime import ops
+
+__all__ = ["CannotWatch", "Unsharing", "Watched", "observe", "standing_in"]
+
+Unsharing = dict[str, str]
+"""Paths of the modules that stay as they are, and why."""
+
+_LENGTHS = (11, 13)  # primes
+_ROWS = 2
+_PLAIN = (bool, int, float, str, torch.dtype, torch.device)
+
+
+class CannotWatch(Exception):
+    """The model cannot be run on small batches, so nothing can be said of its modules."""
+
+
+class UnsharedModule(nn.Module):
+    """One call of a user's module, as a function of tensors.
+
+    Args:
+        wrapped: the user's module.
+        spec: how ``(args, kwargs)`` of the call nest.
+        leaves: what was given, ``None`` in the places of tensors.
+        places: the places of the tensors.
+    """
+
+    def __init__(self, wrapped: nn.Module, spec: TreeSpec, leaves: Sequence[Any], places: Sequence[int]) -> None:
+        super().__init__()
+        # Not registered: the parameters are the model's.
+        self.__dict__["wrapped"] = wrapped
+        self._spec, self._leaves, self._places = spec, list(leaves), list(places)
+
+    def bound_to(self, other: nn.Module) -> UnsharedModule:
+        """The same call of another module."""
+        return UnsharedModule(other, self._spec, self._leaves, self._places)
+
+    @torch.compiler.disable
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors that the module returns, in order. Its hooks were captured around the call; none runs here."""
+        leaves = list(self._leaves)
+        for place, tensor in zip(self._places, tensors, strict=True):
+            leaves[place] = tensor
+        args, kwargs = tree_unflatten(leaves, self._spec)
+        returned, _ = tree_flatten(self.__dict__["wrapped"].forward(*args, **kwargs))
+        return tuple(value for value in returned if isinstance(value, Tensor))
+
+    def extra_repr(self) -> str:
+        """Whose call it is."""
+        return type(self.__dict__["wrapped"]).__name__
+
+
+# --------------------------------------------------------------------------- watching
+
+
+@dataclass
+class _Nest:
+    """What a module was given or returned: a nest of tensors and plain values."""
+
+    leaves: list[Any]
+    spec: TreeSpec
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    def same_but_for_sizes(self, other: _Nest) -> bool:
+        plain = zip(self.leaves, other.leaves, strict=False)
+        return self.spec == other.spec and all(
+            isinstance(b, Tensor) and a.dim() == b.dim() if isinstance(a, Tensor) else type(a) is type(b) and a == b
+            for a, b in plain
+        )
+
+
+@dataclass
+class _Seen:
+    """One call of one module."""
+
+    given: _Nest
+    returned: _Nest | None = None
+
+
+@dataclass(eq=False)
+class Watched:
+    """A module and its calls, in order, as :func:`observe` saw them; ``unfit`` says why it cannot stay as it is."""
+
+    path: str
+    calls: list[tuple[UnsharedCall, _Nest, _Nest]] = field(default_factory=list)
+    unfit: str = ""
+
+
+def observe(model: nn.Module, why: Mapping[str, str], run: Callable[[nn.Module, Tensor], Any]) -> dict[str, Watched]:
+    """Run the model on three small batches and find the axes of what the modules take and return.
+
+    Args:
+        model: the user's model; its buffers and attributes are left as found.
+        why: paths of modules, and what kept them from being packed.
+        run: calls the model on token ids ``[rows, length]``.
+
+    Raises:
+        CannotWatch: the model fails on such batches.
+    """
+    small = ((1, _LENGTHS[0]), (1, _LENGTHS[1]), (_ROWS, _LENGTHS[0]))
+    try:
+        seen = [_watch(model, why, run, rows, length) for rows, length in small]
+    # A model that cannot run on such rows may raise anything.
+    except Exception as error:
+        raise CannotWatch(f"the model fails on {_ROWS} rows of {_LENGTHS[0]} tokens: {error}") from error
+    return {path: _understood(model, path, why[path], [calls[path] for calls in seen]) for path in why}
+
+
+def _watch(
+    model: nn.Module, paths: Collection[str], run: Callable[[nn.Module, Tensor], Any], rows: int, length: int
+) -> dict[str, list[_Seen]]:
+    calls: dict[str, list[_Seen]] = {path: [] for path in paths}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    ids = torch.arange(rows * length, device=device).view(rows, length) % 2
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            module = model.get_submodule(path)
+            stack.callback(module.register_forward_pre_hook(_note_given(calls[path]), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(_note_returned(calls[path])).remove)
+        stack.enter_context(_buffers_restored(model))
+        stack.enter_context(attributes_restored(model))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.no_grad())
+        run(model, ids)
+    return calls
+
+
+def _note_given(calls: list[_Seen]) -> Callable[..., None]:
+    def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append(_Seen(_nest((args, kwargs))))
+
+    return note
+
+
+def _note_returned(calls: list[_Seen]) -> Callable[..., None]:
+    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+        waiting = next(call for call in reversed(calls) if call.returned is None)
+        waiting.returned = _nest(output)
+
+    return note
+
+
+def _nest(value: Any) -> _Nest:
+    leaves, spec = tree_flatten(value)
+    return _Nest([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+
+@contextlib.contextmanager
+def _buffers_restored(model: nn.Module) -> Iterator[None]:
+    before = {name: (buffer, buffer.clone(), buffer._version) for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value, version in before.values():
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+# --------------------------------------------------------------------------- understanding
+
+
+def _understood(model: nn.Module, path: str, why: str, runs: list[list[_Seen]]) -> Watched:
+    """The calls of one module, the same ones in three runs, as calls on tensors with known axes."""
+    watched = Watched(path)
+    if len({len(calls) for calls in runs}) != 1 or not runs[0]:
+        watched.unfit = "it is not called the same number of times for every row"
+        return watched
+    module = model.get_submodule(path)
+    for number, calls in enumerate(zip(*runs, strict=True)):
+        given = [call.given for call in calls]
+        returned = [call.returned for call in calls if call.returned is not None]
+        finding = _unfit(given) or (_unfit(returned) if len(returned) == len(calls) else "a call did not return")
+        if finding:
+            watched.unfit = finding
+            return watched
+        inputs, outputs = (tuple(_axes(shapes) for shapes in _shapes(nests)) for nests in (given, returned))
+        if bad := _bad_axes(inputs, outputs):
+            watched.unfit = bad
+            return watched
+        places = [n for n, leaf in enumerate(given[0].leaves) if isinstance(leaf, Tensor)]
+        plain = [None if n in places else leaf for n, leaf in enumerate(given[0].leaves)]
+        call = UnsharedCall(
+            name=path if number == 0 else f"{path}#{number}",
+            path=path,
+            kind=f"{type(module).__qualname__} {re.sub('[0-9]+', '*', path)} {module!r} {plain} {inputs} {outputs}",
+            why=why,
+            module=UnsharedModule(module, given[0].spec, plain, places),
+            inputs=inputs,  # type: ignore[arg-type]
+            outputs=outputs,  # type: ignore[arg-type]
+            samples=tuple(given[0].tensors),
+        )
+        watched.calls.append((call, given[0], returned[0]))
+    return watched
+
+
+def _unfit(nests: list[_Nest]) -> str:
+    first, *others = nests
+    strange = [leaf for leaf in first.leaves if not isinstance(leaf, (Tensor, *_PLAIN)) and leaf is not None]
+    if strange:
+        return f"it takes or returns a {type(strange[0]).__name__}"
+    if not all(first.same_but_for_sizes(other) for other in others):
+        return "it takes or returns other things for rows of another length"
+    return ""
+
+
+def _shapes(nests: list[_Nest]) -> Iterator[list[torch.Size]]:
+    for tensors in zip(*(nest.tensors for nest in nests), strict=True):
+        yield [tensor.shape for tensor in tensors]
+
+
+def _axes(shapes: list[torch.Size]) -> Axes | None:
+    """From the shapes of one tensor for one row, one longer row and two rows; None if they cannot be told apart."""
+    row, longer, rows = shapes
+    tokens = tuple(n for n, (a, b) in enumerate(zip(row, longer, strict=True)) if a != b)
+    batch = [n for n, (a, b) in enumerate(zip(row, rows, strict=True)) if a != b]
+    whole = all((row[n], longer[n]) == _LENGTHS for n in tokens)
+    if not whole or len(batch) > 1 or any((row[n], rows[n]) != (1, _ROWS) for n in batch):
+        return None
+    return Axes(tokens, batch[0] if batch else None)
+
+
+def _bad_axes(inputs: Sequence[Axes | None], outputs: Sequence[Axes | None]) -> str:
+    if any(axes is None or (axes.batch is not None and not axes.tokens) for axes in inputs):
+        return "it takes something that is neither per token nor the same for all tokens"
+    if not outputs or any(axes is None or len(axes.tokens) != 1 or axes.batch is None for axes in outputs):
+        return "it returns something that is not one row per token"
+    if not any(axes is not None and len(axes.tokens) == 1 and axes.batch is not None for axes in inputs):
+        return "it takes nothing that is one row per token"
+    return ""
+
+
+# --------------------------------------------------------------------------- standing in
+
+
+@contextlib.contextmanager
+def standing_in(model: nn.Module, watched: Mapping[str, Watched]) -> Iterator[None]:
+    """While the model is captured, let a marker stand for each watched module."""
+    modules = {path: model.get_submodule(path) for path in watched}
+    before = {path: module.__dict__.get("forward") for path, module in modules.items()}
+    try:
+        for path, module in modules.items():
+            module.__dict__["forward"] = _marker(watched[path])
+        yield
+    finally:
+        for path, module in modules.items():
+            if before[path] is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = before[path]
+
+
+def _marker(watched: Watched) -> Callable[..., Any]:
+    """A forward that returns what the module would return, made by the marker op."""
+    calls = iter(watched.calls)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        call, given, returned = next(calls, (None, None, None))
+        nest = _nest((args, kwargs))
+        if call is None or given is None or returned is None or not given.same_but_for_sizes(nest):
+            reason = f"{watched.path} is called otherwise while it is captured than when it runs"
+            raise NotPackable(Refusal(reason, watched.path))
+        leaves, _ = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        length = next(t.shape[a.tokens[0]] for t, a in zip(tensors, call.inputs, strict=True) if a.tokens)
+        made = iter(
+            ops.unshared(tensors, call.name, place, _sized(sample, axes, length), sample.dtype)
+            for place, (sample, axes) in enumerate(zip(returned.tensors, call.outputs, strict=True))
+        )
+        return tree_unflatten([next(made) if isinstance(x, Tensor) else x for x in returned.leaves], returned.spec)
+
+    return forward
+
+
+def _sized(sample: Tensor, axes: Axes, length: Any) -> list[Any]:
+    return [length if n in axes.tokens else size for n, size in enumerate(sample.shape)]

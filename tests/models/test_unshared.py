@@ -1,0 +1,103 @@
+"""Modules that mix tokens otherwise than by attention stay as they are, on unpacked rows: exact, and said so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+import ppcompile
+
+
+@pytest.mark.parametrize("name", zoo.UNSHARED)
+def test_exact_in_forward_and_gradients(name: str) -> None:
+    build, path = zoo.UNSHARED[name]
+    packed = ppcompile.wrap(build())
+    calls = packed.compiled().graph.unshared
+    assert path in {call.path for call in calls.values()}
+    assert all(call.proved for call in calls.values())
+    report = ppcompile.verify(packed)
+    assert report.forward <= 2e-5
+    assert report.gradient is not None
+    assert report.gradient <= 1e-4
+
+
+def test_the_rest_stays_packed() -> None:
+    compiled = ppcompile.wrap(zoo.UNSHARED["convolution"][0]()).compiled()
+    assert len(compiled.graph.sites) == 2
+    assert [call.path for call in compiled.graph.unshared.values()] == ["blocks.0.mixer", "blocks.1.mixer"]
+
+
+def test_the_module_itself_is_called_with_its_weights_of_now() -> None:
+    model = zoo.UNSHARED["convolution"][0]()
+    packed = ppcompile.wrap(model)
+    batch = ppcompile.pack([ppcompile.Group([1, 2, 3], [[4, 5], [6]])])
+    before = packed(batch).logps
+    with torch.no_grad():
+        model.blocks[0].mixer.conv.weight.mul_(2)
+    assert not torch.allclose(packed(batch).logps, before)
+    assert ppcompile.verify(packed).ok
+
+
+class ReadsPositionsAndMask(nn.Module):
+    """A mixer that is given what the model computes from positions: a table, and a mask of tokens by tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor) -> Tensor:
+        weights = torch.where(mask, 1.0, 0.0) @ torch.eye(mask.shape[-1])
+        return (weights @ self.linear(x) * table).cumsum(1)
+
+
+class WithPositions(zoo.PlainGPT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixers = nn.ModuleList(ReadsPositionsAndMask(32) for _ in range(2))
+        self.window = 5
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        row = torch.arange(ids.shape[1])
+        distance = row[:, None] - row[None, :]
+        mask = (distance >= 0) & (distance < self.window)
+        table = torch.sin(row[None, :, None] * torch.arange(1, 33) / 7)
+        for block, mixer in zip(self.blocks, self.mixers, strict=True):
+            x = block(x + 0.1 * mixer(x, table, mask[None]))
+        return self.head(self.norm(x))
+
+
+def test_positions_and_masks_are_those_of_the_unpacked_row() -> None:
+    packed = ppcompile.wrap(zoo.sharpen(WithPositions()).eval())
+    assert {call.path for call in packed.compiled().graph.unshared.values()} == {"mixers.0", "mixers.1"}
+    assert ppcompile.verify(packed).forward <= 2e-5
+
+
+def test_what_depends_on_the_rows_length_is_refused() -> None:
+    class CountsTheRow(WithPositions):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids)
+            row = torch.arange(ids.shape[1])
+            mask = row[:, None] >= row[None, :]
+            table = (row.flip(0) / 100)[None, :, None].expand(1, -1, 32)
+            for block, mixer in zip(self.blocks, self.mixers, strict=True):
+                x = block(x + 0.1 * mixer(x, table, mask[None]))
+            return self.head(self.norm(x))
+
+    with pytest.raises(ppcompile.NotPackable, match="depend on the row's length"):
+        ppcompile.wrap(zoo.sharpen(CountsTheRow()).eval())
+
+
+def test_a_module_that_keeps_state_is_refused() -> None:
+    class Remembers(zoo.RunningSum):
+        last: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            carried = 0.0 if self.last is None else self.last.mean()
+            self.last = x.detach()
+            return super().forward(x) + carried
+
+    with pytest.raises(ppcompile.NotPackable):
+        ppcompile.wrap(zoo.sharpen(zoo.PlainGPT(mixer=Remembers)).eval())
