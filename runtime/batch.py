@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .forest import Forest, forest_from_groups, forest_from_sequences
-from .groups import Entry, Group, Record, Rollout, as_record
+from .groups import Entry, Group, Record, Rollout, as_record, flat_sequences
 
 __all__ = ["SHARE", "Group", "PackedBatch", "Rollout", "StepTotals", "check_int", "check_share", "pack", "pack_records"]
 
@@ -246,7 +246,7 @@ def pack_records(
     if share == "prompt":
         forest = forest_from_groups((record.prompt, record.responses) for record in records)
     else:
-        forest = forest_from_sequences([sequence for record in records for sequence in record.sequences()])
+        forest = forest_from_sequences(*flat_sequences(records))
     if max_tokens is not None and forest.num_slots > max_tokens:
         raise ValueError(_beyond_budget(forest, records, max_tokens))
     sizes = [record.num_sequences for record in records]

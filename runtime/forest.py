@@ -27,6 +27,7 @@ from .prefixes import SortedSequences, sort_sequences
 __all__ = ["Forest", "forest_from_groups", "forest_from_sequences"]
 
 Ids = NDArray[np.int64]
+Tokens = NDArray[np.integer]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,18 +88,18 @@ class Forest:
         return self.tokens[self.slots(starts)]
 
 
-def forest_from_groups(groups: Iterable[tuple[Ids, Sequence[Ids]]]) -> Forest:
+def forest_from_groups(groups: Iterable[tuple[Tokens, Sequence[Tokens]]]) -> Forest:
     """One segment per prompt, its responses as children.
 
     Args:
-        groups: ``(prompt, responses)`` pairs of int64 arrays: one or more responses, none empty. An empty prompt has
+        groups: ``(prompt, responses)`` pairs of integer arrays: one or more responses, none empty. An empty prompt has
             no segment, and its responses are roots. Equal prompts, and equal responses, stay apart; everything keeps
             its input order.
 
     Returns:
         A forest whose sequences are ``prompt + response``, in input order.
     """
-    pieces: list[Ids] = []
+    pieces: list[Tokens] = []
     parent: list[int] = []
     leaf: list[int] = []
     for prompt, responses in groups:
@@ -112,11 +113,11 @@ def forest_from_groups(groups: Iterable[tuple[Ids, Sequence[Ids]]]) -> Forest:
         parent.extend([root] * len(responses))
     parents, leaves = np.array(parent, dtype=np.int64), np.array(leaf, dtype=np.int64)
     sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
-    depths = np.where(parents >= 0, sizes[parents], 0) if len(pieces) else sizes
+    depths = np.where(parents >= 0, sizes[parents], 0)
     return _lay_out(pieces, sizes, depths, parents, leaves, (depths + sizes)[leaves])
 
 
-def forest_from_sequences(sequences: Sequence[Ids]) -> Forest:
+def forest_from_sequences(flat: Tokens, lengths: Ids) -> Forest:
     """Every common beginning merged, at any depth: a compressed trie of the sequences.
 
     Siblings stand in the order in which the input first visits them, so the result is a function of the
@@ -124,22 +125,26 @@ def forest_from_sequences(sequences: Sequence[Ids]) -> Forest:
     sequences may end in one slot.
 
     Args:
-        sequences: non-empty int64 arrays.
+        flat: integers, the sequences one after another.
+        lengths: int64 ``[N]``, the length of each, none 0.
     """
-    in_order = sort_sequences(sequences)
-    trie = _grow_trie(in_order)
+    trie = _grow_trie(sort_sequences(flat, lengths))
     order = trie.depth_first()
     rank = {node: s for s, node in enumerate(order)}
     rank[-1] = -1
     starts = [trie.start(node) for node in order]
-    pieces = [sequences[trie.source[node]][start : trie.stop[node]] for node, start in zip(order, starts, strict=True)]
+    begin = (np.cumsum(lengths) - lengths).tolist()  # of each sequence in flat
+    pieces = []
+    for node, start in zip(order, starts, strict=True):
+        source = begin[trie.source[node]]
+        pieces.append(flat[source + start : source + trie.stop[node]])
     return _lay_out(
         pieces,
         np.fromiter(map(len, pieces), np.int64, len(pieces)),
         np.array(starts, dtype=np.int64),
         np.array([rank[trie.parent[node]] for node in order], dtype=np.int64),
         np.array([rank[node] for node in trie.leaf], dtype=np.int64),
-        in_order.lengths,
+        lengths,
     )
 
 
@@ -156,7 +161,7 @@ def _expand(runs: list[tuple[Ids, Ids, Ids]], starts: Ids, lengths: Ids) -> Ids:
     return np.repeat(slot[order] - offset[order], size) + np.arange(total)
 
 
-def _lay_out(pieces: list[Ids], sizes: Ids, depths: Ids, parents: Ids, leaf: Ids, lengths: Ids) -> Forest:
+def _lay_out(pieces: list[Tokens], sizes: Ids, depths: Ids, parents: Ids, leaf: Ids, lengths: Ids) -> Forest:
     """Write segments, already in depth-first order, one after another.
 
     Args:
@@ -168,7 +173,7 @@ def _lay_out(pieces: list[Ids], sizes: Ids, depths: Ids, parents: Ids, leaf: Ids
     first = stops - sizes
     ends = _subtree_ends(stops.tolist(), parents.tolist())
     return Forest(
-        tokens=np.concatenate([np.empty(0, np.int64), *pieces]),
+        tokens=np.concatenate(pieces, dtype=np.int64),
         positions=np.arange(sizes.sum()) - np.repeat(first - depths, sizes),
         subtree_end=np.repeat(ends, sizes),
         segments=np.stack([first, stops, ends, parents], axis=1),

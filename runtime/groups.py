@@ -23,10 +23,12 @@ from torch import Tensor
 
 from .prefixes import common_prefix
 
-__all__ = ["Entry", "Group", "Record", "Rollout", "as_record"]
+__all__ = ["Entry", "Group", "Record", "Rollout", "as_record", "flat_sequences", "record_of_rows"]
 
-Ids = NDArray[np.int64]
+Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
+
+_LARGEST_ID = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +86,8 @@ class Record:
     """A checked group: ``P`` tokens that all of its sequences begin with, and what follows in each.
 
     Attributes:
-        prompt: int64 ``[P]``; empty only where rollouts have no beginning in common.
-        responses: int64 arrays, none empty.
+        prompt: int32 ``[P]``; empty only where rollouts have no beginning in common.
+        responses: int32 arrays, none empty.
         masks: bool ``[P + length]`` for each response, its scored tokens; ``None``: all of every response, none of
             the prompt.
     """
@@ -99,14 +101,38 @@ class Record:
         """Responses, or rollouts."""
         return len(self.responses)
 
-    def sequences(self) -> list[Ids]:
-        """The whole of each sequence."""
-        return [np.concatenate([self.prompt, response]) for response in self.responses]
+    @property
+    def num_tokens(self) -> int:
+        """Tokens with the prompt counted once."""
+        return len(self.prompt) + sum(map(len, self.responses))
+
+    @property
+    def unpacked_tokens(self) -> int:
+        """Tokens of all sequences, each with its own prompt."""
+        return self.num_tokens + len(self.prompt) * (len(self.responses) - 1)
+
+    @property
+    def num_scored(self) -> int:
+        """Scored tokens, one shared by several sequences counted for each."""
+        if self.masks is None:
+            return sum(map(len, self.responses))
+        return sum(int(np.count_nonzero(mask)) for mask in self.masks)
 
     def part(self, indices: Sequence[int]) -> Record:
         """The record with these of its sequences only."""
         masks = None if self.masks is None else tuple(self.masks[n] for n in indices)
         return Record(self.prompt, tuple(self.responses[n] for n in indices), masks)
+
+
+def flat_sequences(records: Iterable[Record]) -> tuple[Ids, NDArray[np.int64]]:
+    """All whole sequences one after another, and their lengths: int32 ``[sum(lengths)]``, int64 ``[N]``."""
+    pieces: list[Ids] = []
+    lengths: list[int] = []
+    for record in records:
+        for response in record.responses:
+            pieces += (record.prompt, response)
+            lengths.append(len(record.prompt) + len(response))
+    return np.concatenate(pieces), np.array(lengths, dtype=np.int64)
 
 
 # --------------------------------------------------------------------------- checks
@@ -169,6 +195,11 @@ def _rollouts(rollouts: Sequence[Rollout], where: str) -> Record:
         _as_mask(rollout.completion_mask, len(row), name)
         for rollout, row, name in zip(rollouts, rows, names, strict=True)
     )
+    return record_of_rows(rows, masks)
+
+
+def record_of_rows(rows: Sequence[Ids], masks: tuple[Mask, ...]) -> Record:
+    """Whole sequences as a record: the beginning that all have in common is the prompt."""
     # One token of each stays outside, so that every sequence ends in a segment of its own, also where one rollout
     # begins another or equals it.
     shared = min([len(row) - 1 for row in rows] + [common_prefix(rows[0], row) for row in rows[1:]])
@@ -203,7 +234,7 @@ def _as_mask(values: Any, length: int, where: str) -> Mask:
 
 
 def _as_ids(values: Any, where: str) -> Ids:
-    """int64 ``[length]`` from what a user calls token ids."""
+    """The row ``[length]`` from what a user calls token ids."""
     accepted = "accepted: a non-empty row of non-negative ints (list, 1-d integer tensor or array)"
     ids = _as_array(values)
     if ids is None:
@@ -216,13 +247,13 @@ def _as_ids(values: Any, where: str) -> Ids:
         raise ValueError(f"{where} is empty; {accepted}. Try: begin it with the tokenizer's BOS, or end it with EOS")
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{where} holds {ids.dtype} values such as {ids[0]}; {accepted}. Try: tokenize it first")
-    ids = ids.astype(np.int64, copy=False)
-    if ids.min() < 0:
-        low = int(ids.argmin())
+    wide = ids.astype(np.int64, copy=False).view(np.uint64)  # a negative id is a very large one
+    if wide.max() > _LARGEST_ID:
+        odd = int(wide.argmax())
         raise ValueError(
-            f"{where} holds {ids[low]} at index {low}; {accepted}. Try: drop label masks (-100) and padding first"
+            f"{where} holds {ids[odd]} at index {odd}; {accepted}. Try: drop label masks (-100) and padding first"
         )
-    return ids
+    return ids.astype(np.int32, copy=False)
 
 
 def _as_array(values: Any) -> np.ndarray | None:

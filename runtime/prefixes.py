@@ -16,8 +16,6 @@ Shapes: ``N`` sequences, ``F`` their tokens in all. No Python loop runs over tok
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,26 +50,20 @@ class SortedSequences:
         return int(self.lengths.sum() - self.shared.sum())
 
 
-def sort_sequences(sequences: Sequence[Ids]) -> SortedSequences:
+def sort_sequences(flat: NDArray, lengths: Ids) -> SortedSequences:
     """Sort sequences and measure what neighbours share.
 
     Args:
-        sequences: non-empty int64 arrays.
+        flat: integers ``[F]``, the sequences one after another; fewer bytes an entry are faster.
+        lengths: int64 ``[N]``, the length of each, none 0.
     """
-    lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
-    if not len(lengths):
-        return SortedSequences(lengths, lengths, lengths)
-    flat = np.concatenate(sequences)
-    if flat.min() >= -(2**31) and flat.max() < 2**31:
-        flat = flat.astype(np.int32)  # half the bytes to compare
     stops = np.cumsum(lengths)
+    starts = stops - lengths
     # Bytes compare by memcmp. On integers that is not the order of the numbers, but it is one order of tokens, and
     # any will do: sequences with a common beginning come to stand together.
-    text, width = flat.tobytes(), flat.itemsize
-    edges = [0, *(stops * width).tolist()]
-    keys = [text[a:b] for a, b in itertools.pairwise(edges)]
+    keys = [flat[a:b].tobytes() for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
-    return SortedSequences(order, _shared_with_previous(flat, (stops - lengths)[order], lengths[order]), lengths)
+    return SortedSequences(order, _shared_with_previous(flat, starts[order], lengths[order]), lengths)
 
 
 def _shared_with_previous(flat: NDArray, starts: Ids, lengths: Ids) -> Ids:
@@ -98,7 +90,7 @@ def _shared_with_previous(flat: NDArray, starts: Ids, lengths: Ids) -> Ids:
     return shared
 
 
-def common_prefix(a: Ids, b: Ids) -> int:
+def common_prefix(a: NDArray, b: NDArray) -> int:
     """Length of the longest common beginning of two sequences."""
     n = min(len(a), len(b))
     differs = a[:n] != b[:n]

@@ -1,0 +1,14 @@
+"""Many groups into many packs.
+
+Read in this order:
+
+==================  ====================================================================================
+:mod:`.packs`       ``packs()``: the stages below, one after another, over lists and streams
+:mod:`.oversize`    a group beyond the budget: cut, split, dropped, or an error
+:mod:`.pool`        groups that wait, and what each would add to the open pack (prompts, or a trie)
+:mod:`.fill`        best fit: which of them go into a pack together
+:mod:`.cost`        how long a pack will take: one small fitted model
+:mod:`.ranks`       the same number of packs of like cost for every rank; totals of each step
+:mod:`.report`      what was read, packed, cut and dropped
+==================  ====================================================================================
+"""

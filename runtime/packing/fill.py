@@ -1,0 +1,163 @@
+"""Which groups go into a pack together: best fit, one pack at a time.
+
+A pack takes, again and again, the group that shares most with what it holds already, and among those the largest.
+(With ``share="prompt"`` none share, and this is best-fit decreasing.) Two things make packs full: near the end the
+*pair* of groups is taken that leaves the least room, and where groups may be split, a part of one tops the pack up.
+
+Sizes are jittered, by the seed and epoch of the caller, so that each epoch packs other groups together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .pool import Item, Pool, Work, make_pool
+
+__all__ = ["Pack", "fill_packs", "pack_of"]
+
+Ids = NDArray[np.int64]
+
+_JITTER = 0.3  # a group counts as up to this much smaller when packs choose the largest
+_GRAINS = 128  # shared tokens are compared in this many steps of a budget: a few more are not worth a bad fit
+_CLOSING = 3.5  # choose the last groups by fit alone once this many of median size would fill the pack
+_WORTH = 1 / 32  # split a group where more than this share of a pack would stay empty
+_CANDIDATES = 32  # groups looked at when one is to be split
+_FEW_ITEMS, _MOST_TRIES = 1024, 16  # so many items are filled several times over
+
+
+@dataclass
+class Pack:
+    """Items that go together, and what they cost together."""
+
+    items: list[Item] = field(default_factory=list)
+    work: Work = field(default=Work(0, 0))
+
+
+def fill_packs(
+    items: Sequence[Item], *, share: str, max_tokens: int, split: bool, keep: float, rng: np.random.Generator | None
+) -> tuple[list[Pack], list[Item]]:
+    """Fill packs from items, none of which is beyond the budget unless it may be split.
+
+    A handful of items makes a handful of packs, where one unlucky choice shows: those are filled several times over,
+    and the best try is kept.
+
+    Args:
+        items: what waits.
+        share: ``"prompt"`` or ``"tree"``.
+        max_tokens: budget of a pack.
+        split: sequences of one item may go to different packs.
+        keep: stop when no more than this share of the tokens waits.
+        rng: of the jitter; ``None`` for none.
+
+    Returns:
+        The packs, and the items that still wait.
+    """
+    tries = 1 if rng is None else min(_MOST_TRIES, max(1, _FEW_ITEMS // len(items)))
+    found = [_fill(items, share, max_tokens, split, keep, rng) for _ in range(tries)]
+    return min(found, key=lambda result: _slots_per_token(result[0], max_tokens))
+
+
+def pack_of(items: Sequence[Item], share: str) -> Pack:
+    """A pack of these items, which fit."""
+    pool, pack = make_pool(items, share), Pack(list(items))
+    for n in range(len(items)):
+        pack.work += pool.take(n)
+    return pack
+
+
+def _fill(
+    items: Sequence[Item], share: str, max_tokens: int, split: bool, keep: float, rng: np.random.Generator | None
+) -> tuple[list[Pack], list[Item]]:
+    filler = _Filler(make_pool(items, share), max_tokens, split, rng)
+    packs, stop = [], keep * filler.tokens_waiting()
+    while filler.tokens_waiting() > stop:
+        packs.append(filler.fill())
+    return packs, [item.part(left) for item, left in zip(items, filler.pool.left, strict=True) if left]
+
+
+def _slots_per_token(packs: Sequence[Pack], max_tokens: int) -> float:
+    """What packs take up, the last one only as far as it is filled, for each token of their unpacked sequences."""
+    unpacked = sum(item.record.unpacked_tokens for pack in packs for item in pack.items)
+    return ((len(packs) - 1) * max_tokens + packs[-1].work.tokens) / unpacked
+
+
+class _Filler:
+    def __init__(self, pool: Pool, max_tokens: int, split: bool, rng: np.random.Generator | None) -> None:
+        self.pool, self.max_tokens, self.split = pool, max_tokens, split
+        self.rng = np.random.default_rng(0) if rng is None else rng
+        jitter = 0.0 if rng is None else _JITTER
+        self.scale = self.rng.uniform(1 - jitter, 1, len(pool.items))
+
+    def tokens_waiting(self) -> int:
+        return int(self.pool.sizes[self.pool.waiting].sum())
+
+    def fill(self) -> Pack:
+        """One pack, never an empty one."""
+        self.pool.open()
+        pack = Pack()
+        while (choice := self._choose(pack)) is not None:
+            item, positions = choice
+            positions = self.pool.left[item] if positions is None else positions
+            pack.items.append(self.pool.items[item].part(positions))
+            pack.work += self.pool.take(item, positions)
+        if not pack.items or pack.work.tokens > self.max_tokens:
+            raise AssertionError(f"a pack of {pack.work.tokens} tokens at a budget of {self.max_tokens}")
+        return pack
+
+    def _choose(self, pack: Pack) -> tuple[int, list[int] | None] | None:
+        """The next item of the pack, or sequences of one; ``None`` where the pack is full."""
+        pool, space = self.pool, self.max_tokens - pack.work.tokens
+        if not pack.items and self.split:
+            beyond = np.flatnonzero(pool.waiting & (pool.sizes > space))
+            if len(beyond):
+                return self._best_part(beyond[:1].tolist(), space, least_gain=-space)
+        fits = np.flatnonzero(pool.waiting & (pool.needs <= space))
+        if not len(fits):
+            item, filled = -1, 0
+        elif pack.items and space <= _CLOSING * float(pool.needs[fits].mean()):
+            item, filled = self._best_last(fits, space)
+        else:
+            return self._largest(self._sharing_most(fits)), None
+        if self.split and space - filled > self.max_tokens * _WORTH:
+            others = self.rng.permutation(np.flatnonzero(pool.waiting))[:_CANDIDATES].tolist()
+            part = self._best_part(others, space, least_gain=max(filled, int(self.max_tokens * _WORTH / 2)))
+            if part is not None:
+                return part
+        return (item, None) if item >= 0 else None
+
+    def _sharing_most(self, items: Ids) -> Ids:
+        """Those of the items that share most with the open pack, a few tokens more or less."""
+        saved = (self.pool.sizes[items] - self.pool.needs[items]) // max(1, self.max_tokens // _GRAINS)
+        return items[saved == saved.max()]
+
+    def _largest(self, items: Ids) -> int:
+        return int(items[np.argmax(self.pool.sizes[items] * self.scale[items])])
+
+    def _best_last(self, fits: Ids, space: int) -> tuple[int, int]:
+        """The item with which the pack can be filled best, and the tokens that are filled then."""
+        best = self._sharing_most(fits)
+        n, filled = _best_fit(self.pool.needs[best], space)
+        return int(best[n]), filled
+
+    def _best_part(self, items: list[int], space: int, least_gain: int) -> tuple[int, list[int]] | None:
+        """The part that fills most of ``space``, less what will be stored a second time with the rest."""
+        best = None
+        for item in items:
+            for part in self.pool.parts(item, space):
+                if part.added - part.repeated > least_gain:
+                    best, least_gain = (item, part.positions), part.added - part.repeated
+        return best
+
+
+def _best_fit(needs: Ids, space: int) -> tuple[int, int]:
+    """Of the items, and of all pairs of them, what leaves the least room: the (larger) item, and the tokens filled."""
+    order = np.argsort(needs, kind="stable")
+    ascending = needs[order]
+    partner = np.minimum(np.searchsorted(ascending, space - ascending, side="right"), np.arange(len(order))) - 1
+    filled = ascending + np.where(partner >= 0, ascending[partner], 0)
+    n = int(filled.argmax())
+    return int(order[n]), int(filled[n])

@@ -1,0 +1,321 @@
+"""Groups that wait for a pack, and how many tokens each of them would add to the pack that is open.
+
+With ``share="prompt"`` that is the group's own size. With ``share="tree"`` it depends on what stands in the pack
+already: tokens are counted as the pack's trie would store them, exactly, and kept up to date as groups come in.
+
+Shapes: ``I`` items, ``N`` sequences of all items.
+"""
+
+from __future__ import annotations
+
+import abc
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..groups import Record, flat_sequences
+from ..prefixes import sort_sequences
+
+__all__ = ["Item", "Part", "Pool", "PromptPool", "TreePool", "Work", "make_pool"]
+
+Ids = NDArray[np.int64]
+
+_ALL = 1 << 60  # more tokens than any sequence has
+_STARTS = 8  # subsets tried when a group is split
+
+
+class Work(NamedTuple):
+    """What a pack costs: its tokens, and its attention pairs (for each token, the tokens that it sees)."""
+
+    tokens: int
+    pairs: int
+
+    def __add__(self, other: tuple[int, ...]) -> Work:
+        tokens, pairs = other
+        return Work(self.tokens + tokens, self.pairs + pairs)
+
+
+class Part(NamedTuple):
+    """Some of an item's sequences.
+
+    Attributes:
+        positions: which.
+        added: tokens that they add to the open pack.
+        repeated: how many of these will be stored a second time, in the pack that takes the rest.
+    """
+
+    positions: list[int]
+    added: int
+    repeated: int
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """A group, or a part of one, that waits for its pack.
+
+    Attributes:
+        record: its sequences.
+        index: which of the inputs it is.
+        sequences: which sequences of that input.
+        weight: its share of the input's weight.
+    """
+
+    record: Record
+    index: int
+    sequences: tuple[int, ...]
+    weight: float
+
+    def part(self, positions: Sequence[int]) -> Item:
+        """The item with these of its sequences only, and their share of the weight."""
+        if len(positions) == len(self.sequences):
+            return self
+        return Item(
+            self.record.part(positions),
+            self.index,
+            tuple(self.sequences[n] for n in positions),
+            self.weight * len(positions) / len(self.sequences),
+        )
+
+
+def make_pool(items: Sequence[Item], share: str) -> Pool:
+    """The pool for ``share``, one of :data:`runtime.batch.SHARE`."""
+    return PromptPool(items) if share == "prompt" else TreePool(items)
+
+
+class Pool(abc.ABC):
+    """Items that wait. Their sequences leave it into one open pack after another.
+
+    Attributes:
+        items: as given. A *position* is a place in ``items[i].record.responses``.
+        left: for each item, the positions that still wait.
+        waiting: bool ``[I]``, whether any do.
+        sizes: int64 ``[I]``, tokens of what waits of each item, in a pack of its own.
+        needs: int64 ``[I]``, tokens that it would add to the open pack.
+    """
+
+    sizes: Ids
+    needs: Ids
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = items
+        self.left = [list(range(item.record.num_sequences)) for item in items]
+        self.waiting = np.ones(len(items), dtype=bool)
+
+    @abc.abstractmethod
+    def open(self) -> None:
+        """Begin a pack: nothing is in it."""
+
+    def take(self, item: int, positions: Sequence[int] | None = None) -> Work:
+        """Move these sequences of an item (all that wait, by default) into the open pack; what they add to it."""
+        taken = self.left[item] if positions is None else list(positions)
+        work = self._move(item, taken)
+        gone = set(taken)
+        self.left[item] = [n for n in self.left[item] if n not in gone]
+        if self.left[item]:
+            self._shrink(item)
+        else:
+            self.waiting[item] = False
+        return work
+
+    @abc.abstractmethod
+    def _move(self, item: int, positions: list[int]) -> Work:
+        """Put sequences into the open pack."""
+
+    @abc.abstractmethod
+    def _shrink(self, item: int) -> None:
+        """Measure an item again, some of whose sequences are gone."""
+
+    @abc.abstractmethod
+    def parts(self, item: int, space: int) -> Iterator[Part]:
+        """Ways to fill at most ``space`` tokens of the open pack with some of an item's sequences, not all."""
+
+
+class PromptPool(Pool):
+    """Every group's prompt is stored once, and nothing else is shared."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        super().__init__(items)
+        self.sizes = np.fromiter((item.record.num_tokens for item in items), np.int64, len(items))
+        self.needs = self.sizes
+
+    def open(self) -> None:
+        """Begin a pack; what an item needs does not depend on what is in it."""
+
+    def _response_sizes(self, item: int, positions: Sequence[int]) -> list[int]:
+        responses = self.items[item].record.responses
+        return [len(responses[n]) for n in positions]
+
+    def _move(self, item: int, positions: list[int]) -> Work:
+        prompt = len(self.items[item].record.prompt)
+        work = Work(prompt, _triangle(prompt))
+        for size in self._response_sizes(item, positions):
+            work += (size, size * prompt + _triangle(size))
+        return work
+
+    def _shrink(self, item: int) -> None:
+        self.sizes[item] = len(self.items[item].record.prompt) + sum(self._response_sizes(item, self.left[item]))
+
+    def parts(self, item: int, space: int) -> Iterator[Part]:
+        """Each of the longest responses first, then the next longest that fit."""
+        prompt, left = len(self.items[item].record.prompt), self.left[item]
+        sizes = self._response_sizes(item, left)
+        for chosen in _subsets(sizes, space - prompt):
+            yield Part([left[n] for n in chosen], prompt + sum(sizes[n] for n in chosen), prompt)
+
+
+class TreePool(Pool):
+    """Every common beginning is stored once: also between groups, and between responses.
+
+    All sequences are sorted once. A sequence adds to a pack what it does not share with any sequence there, and the
+    longest beginning that it shares is a running minimum over the sorted order, taken from each new arrival outwards.
+
+    The arrays below hold sequences item by item, within an item in lexicographic order: int64 ``[N]``.
+    """
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        super().__init__(items)
+        rows = sort_sequences(*flat_sequences(item.record for item in items))
+        counts = np.fromiter((item.record.num_sequences for item in items), np.int64, len(items))
+        edges = np.concatenate([[0], np.cumsum(counts)])
+        rank = np.empty_like(rows.order)
+        rank[rows.order] = np.arange(len(rank))
+        by_item = np.lexsort((rank, np.repeat(np.arange(len(items)), counts)))
+        self._starts, self._edges = edges[:-1], edges.tolist()
+        self._shared = rows.shared  # in sorted order, not item by item
+        self._rank, self._lengths = rank[by_item], rows.lengths[by_item]
+        self._position = by_item - np.repeat(self._starts, counts)
+        self._here = np.ones(len(rank), dtype=bool)  # sequences that wait
+        # What each sequence shares with the one before it that waits in its own item; 0 for the first.
+        self._within = rows.shared[self._rank]
+        self._within[self._starts] = 0
+        apart = np.flatnonzero(np.diff(self._rank, prepend=0) != 1)  # sequences of others stand between
+        for s in np.setdiff1d(apart, self._starts).tolist():
+            self._within[s] = self._shared[self._rank[s - 1] + 1 : self._rank[s] + 1].min()
+        self.sizes = self._added_by_item(np.zeros_like(self._lengths))
+        self.open()
+
+    def open(self) -> None:
+        """Begin a pack: no sequence shares anything with it."""
+        self._known = np.zeros_like(self._lengths)
+        self.needs = self.sizes
+
+    def _added_by_item(self, known: Ids) -> Ids:
+        """Tokens that each item adds where its sequences share ``known`` with the pack: int64 ``[I]``."""
+        return np.add.reduceat((self._lengths - np.maximum(known, self._within)) * self._here, self._starts)
+
+    def _waiting(self, item: int) -> Ids:
+        """Where an item's sequences that wait stand in the arrays."""
+        start, stop = self._edges[item], self._edges[item + 1]
+        return np.flatnonzero(self._here[start:stop]) + start
+
+    def _move(self, item: int, positions: list[int]) -> Work:
+        here = self._waiting(item)
+        if len(positions) == len(here):
+            overlap = np.maximum(self._known[here], self._within[here])
+        else:
+            here = here[np.isin(self._position[here], positions)]
+            overlap = np.maximum(self._known[here], self._shared_in_row(here))
+        lengths = self._lengths[here]
+        self._here[here] = False
+        self._meet(self._rank[here])
+        self.needs = self._added_by_item(self._known)
+        return Work(int((lengths - overlap).sum()), int((_triangle(lengths) - _triangle(overlap)).sum()))
+
+    def _shared_in_row(self, here: Ids) -> Ids:
+        """What each of these sequences of one item shares with the one before it; 0 for the first."""
+        ranks = self._rank[here].tolist()
+        return np.array([0] + [int(self._shared[a + 1 : b + 1].min()) for a, b in itertools.pairwise(ranks)])
+
+    def _meet(self, ranks: Ids) -> None:
+        """Let every sequence know what it shares with new ones in the pack, at these ranks, ascending."""
+        shared, best = self._shared, np.empty_like(self._shared)
+        low, high = int(ranks[0]), int(ranks[-1])
+        np.minimum.accumulate(shared[low:0:-1], out=best[:low][::-1])
+        best[low : high + 1] = _ALL
+        np.minimum.accumulate(shared[high + 1 :], out=best[high + 1 :])
+        for gap in np.flatnonzero(np.diff(ranks) != 1).tolist():  # sequences of others stand between
+            a, b = int(ranks[gap]), int(ranks[gap + 1])
+            left, right = np.minimum.accumulate(shared[a + 1 : b]), np.minimum.accumulate(shared[b : a + 1 : -1])[::-1]
+            best[a + 1 : b] = np.maximum(left, right)
+        self._known = np.maximum(self._known, np.minimum(best[self._rank], self._lengths))
+
+    def _shrink(self, item: int) -> None:
+        here = self._waiting(item)
+        self._within[here] = self._shared_in_row(here)
+        self.needs = self._added_by_item(self._known)
+        self.sizes = self.sizes.copy()  # needs was the same array where a pack has just begun
+        self.sizes[item] = (self._lengths[here] - self._within[here]).sum()
+
+    def parts(self, item: int, space: int) -> Iterator[Part]:
+        """Neighbours, which share most, from either end; and the largest first, as if they shared least."""
+        here = self._waiting(item)
+        position = self._position[here].tolist()
+        lengths, within, known = (x[here].tolist() for x in (self._lengths, self._within, self._known))
+        count = len(position)
+        shared_by_all = min(within[1:], default=0)
+        floor = [max(k, shared_by_all) for k in known]
+        sizes = [length - f for length, f in zip(lengths, floor, strict=True)]
+        room = space - max(0, shared_by_all - max(known))
+        for chosen in (
+            _run(lengths, within, known, space),
+            [count - 1 - n for n in _run(lengths[::-1], [0, *within[:0:-1]], known[::-1], space)],
+            *_subsets(sizes, room),
+        ):
+            if not 0 < len(chosen) < count:
+                continue
+            taken = [False] * count
+            for n in chosen:
+                taken[n] = True
+            rest = _trie_tokens(lengths, within, [0] * count, [not t for t in taken])
+            added = _trie_tokens(lengths, within, known, taken)
+            yield Part([position[n] for n in chosen], added, added + rest - int(self.needs[item]))
+
+
+def _run(lengths: list[int], within: list[int], known: list[int], space: int) -> list[int]:
+    """Sequences in order, as long as they fit: positions."""
+    chosen, overlap = [], 0
+    for n, length in enumerate(lengths):
+        overlap = min(overlap, within[n])
+        added = length - max(overlap, known[n])
+        if added <= space:
+            chosen.append(n)
+            space, overlap = space - added, _ALL
+    return chosen
+
+
+def _trie_tokens(lengths: list[int], within: list[int], known: list[int], taken: list[bool]) -> int:
+    """Tokens that the taken ones of an item's sequences add to a pack with which they share ``known``."""
+    tokens, overlap = 0, 0
+    for length, shared, k, take in zip(lengths, within, known, taken, strict=True):
+        overlap = min(overlap, shared)
+        if take:
+            tokens += length - max(overlap, k)
+            overlap = _ALL
+    return tokens
+
+
+def _subsets(sizes: list[int], room: int) -> Iterator[list[int]]:
+    """Subsets of at most ``room``: start with each of the largest in turn, then take the next largest that fit."""
+    order = sorted(range(len(sizes)), key=lambda n: -sizes[n])
+    for first in order[:_STARTS]:
+        if sizes[first] > room:
+            continue
+        chosen, left = [first], room - sizes[first]
+        for n in order:
+            if n != first and sizes[n] <= left:
+                chosen.append(n)
+                left -= sizes[n]
+        if len(chosen) < len(sizes):
+            yield chosen
+
+
+_T = TypeVar("_T", int, Ids)
+
+
+def _triangle(n: _T) -> _T:
+    """1 + 2 + ... + n."""
+    return n * (n + 1) // 2
