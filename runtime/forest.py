@@ -214,18 +214,32 @@ class _Trie:
 
     def depth_first(self) -> list[int]:
         """Nodes in depth-first order, siblings by the first sequence through them."""
-        below: list[list[int]] = [[] for _ in range(len(self.parent) + 1)]  # the last entry is parent -1's
-        seen = [False] * len(self.parent)
+        child, sibling = self._linked_children()
+        order, node = [], child[-1]
+        while node >= 0:
+            order.append(node)
+            below = child[node]
+            while below < 0 and node >= 0:
+                below, node = sibling[node], self.parent[node]
+            node = below
+        return order
+
+    def _linked_children(self) -> tuple[list[int], list[int]]:
+        """First child of each node (the last entry: the first root) and next sibling of each, -1 for none."""
+        count = len(self.parent)
+        child, last, sibling = [-1] * (count + 1), [-1] * (count + 1), [-1] * count
+        seen = [False] * count
         for node in self.leaf:
             while node >= 0 and not seen[node]:
                 seen[node] = True
-                below[self.parent[node]].append(node)
-                node = self.parent[node]
-        order, waiting = [], below[-1][::-1]
-        while waiting:
-            order.append(waiting.pop())
-            waiting.extend(reversed(below[order[-1]]))
-        return order
+                parent = self.parent[node]
+                if child[parent] < 0:
+                    child[parent] = node
+                else:
+                    sibling[last[parent]] = node
+                last[parent] = node
+                node = parent
+        return child, sibling
 
 
 def _grow_trie(rows: SortedSequences) -> _Trie:

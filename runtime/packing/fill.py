@@ -21,12 +21,15 @@ __all__ = ["Pack", "fill_packs", "pack_of"]
 
 Ids = NDArray[np.int64]
 
+_Choice = tuple[int, list[int] | None]
+"""An item, and which of its sequences; ``None`` for all that wait."""
+
 _JITTER = 0.3  # a group counts as up to this much smaller when packs choose the largest
 _GRAINS = 128  # shared tokens are compared in this many steps of a budget: a few more are not worth a bad fit
 _CLOSING = 3.5  # choose the last groups by fit alone once this many of median size would fill the pack
 _WORTH = 1 / 32  # split a group where more than this share of a pack would stay empty
-_CANDIDATES = 32  # groups looked at when one is to be split
-_FEW_ITEMS, _MOST_TRIES = 1024, 16  # so many items are filled several times over
+_CANDIDATES = 24  # groups looked at when one is to be split
+_FEW_ITEMS, _MOST_TRIES, _FULL = 384, 16, 0.97  # tries with few items, until all packs are full
 
 
 @dataclass
@@ -42,8 +45,8 @@ def fill_packs(
 ) -> tuple[list[Pack], list[Item]]:
     """Fill packs from items, none of which is beyond the budget unless it may be split.
 
-    A handful of items makes a handful of packs, where one unlucky choice shows: those are filled several times over,
-    and the best try is kept.
+    A handful of items makes a handful of packs, where one unlucky choice shows: where those are not full, they are
+    filled again with other jitter, and the best of several tries is kept.
 
     Args:
         items: what waits.
@@ -56,9 +59,13 @@ def fill_packs(
     Returns:
         The packs, and the items that still wait.
     """
-    tries = 1 if rng is None else min(_MOST_TRIES, max(1, _FEW_ITEMS // len(items)))
-    found = [_fill(items, share, max_tokens, split, keep, rng) for _ in range(tries)]
-    return min(found, key=lambda result: _slots_per_token(result[0], max_tokens))
+    best = _fill(items, share, max_tokens, split, keep, rng)
+    for _ in range(1, 1 if rng is None else min(_MOST_TRIES, _FEW_ITEMS // len(items))):
+        if _is_good(best[0], max_tokens):
+            break
+        other = _fill(items, share, max_tokens, split, keep, rng)
+        best = min(best, other, key=lambda result: _slots_per_token(result[0], max_tokens))
+    return best
 
 
 def pack_of(items: Sequence[Item], share: str) -> Pack:
@@ -77,6 +84,12 @@ def _fill(
     while filler.tokens_waiting() > stop:
         packs.append(filler.fill())
     return packs, [item.part(left) for item, left in zip(items, filler.pool.left, strict=True) if left]
+
+
+def _is_good(packs: Sequence[Pack], max_tokens: int) -> bool:
+    """All but the last are full, and no group had to be split for that."""
+    full = all(pack.work.tokens >= _FULL * max_tokens for pack in packs[:-1])
+    return full and len({item.index for pack in packs for item in pack.items}) == sum(len(p.items) for p in packs)
 
 
 def _slots_per_token(packs: Sequence[Pack], max_tokens: int) -> float:
@@ -108,56 +121,48 @@ class _Filler:
             raise AssertionError(f"a pack of {pack.work.tokens} tokens at a budget of {self.max_tokens}")
         return pack
 
-    def _choose(self, pack: Pack) -> tuple[int, list[int] | None] | None:
+    def _choose(self, pack: Pack) -> _Choice | None:
         """The next item of the pack, or sequences of one; ``None`` where the pack is full."""
         pool, space = self.pool, self.max_tokens - pack.work.tokens
-        if not pack.items and self.split:
-            beyond = np.flatnonzero(pool.waiting & (pool.sizes > space))
-            if len(beyond):
-                return self._best_part(beyond[:1].tolist(), space, least_gain=-space)
+        beyond = np.flatnonzero(pool.waiting & (pool.sizes > self.max_tokens)) if self.split and not pack.items else ()
+        if len(beyond):
+            return self._best_part(beyond[:1], space, least_gain=-space)
         fits = np.flatnonzero(pool.waiting & (pool.needs <= space))
-        if not len(fits):
-            item, filled = -1, 0
-        elif pack.items and space <= _CLOSING * float(pool.needs[fits].mean()):
-            item, filled = self._best_last(fits, space)
-        else:
-            return self._largest(self._sharing_most(fits)), None
-        if self.split and space - filled > self.max_tokens * _WORTH:
-            others = self.rng.permutation(np.flatnonzero(pool.waiting))[:_CANDIDATES].tolist()
+        best = self._sharing_most(fits) if len(fits) else fits
+        if len(fits) and (not pack.items or space > _CLOSING * float(pool.needs[fits].mean())):
+            return int(best[np.argmax(pool.sizes[best] * self.scale[best])]), None
+        n, filled, alone = _best_fit(pool.needs[best], space) if len(best) else (-1, 0, True)
+        if self.split and alone and space - filled > self.max_tokens * _WORTH:
+            others = self.rng.permutation(np.flatnonzero(pool.waiting))[:_CANDIDATES]
             part = self._best_part(others, space, least_gain=max(filled, int(self.max_tokens * _WORTH / 2)))
             if part is not None:
                 return part
-        return (item, None) if item >= 0 else None
+        return (int(best[n]), None) if n >= 0 else None
 
     def _sharing_most(self, items: Ids) -> Ids:
         """Those of the items that share most with the open pack, a few tokens more or less."""
         saved = (self.pool.sizes[items] - self.pool.needs[items]) // max(1, self.max_tokens // _GRAINS)
         return items[saved == saved.max()]
 
-    def _largest(self, items: Ids) -> int:
-        return int(items[np.argmax(self.pool.sizes[items] * self.scale[items])])
-
-    def _best_last(self, fits: Ids, space: int) -> tuple[int, int]:
-        """The item with which the pack can be filled best, and the tokens that are filled then."""
-        best = self._sharing_most(fits)
-        n, filled = _best_fit(self.pool.needs[best], space)
-        return int(best[n]), filled
-
-    def _best_part(self, items: list[int], space: int, least_gain: int) -> tuple[int, list[int]] | None:
+    def _best_part(self, items: Ids, space: int, least_gain: int) -> _Choice | None:
         """The part that fills most of ``space``, less what will be stored a second time with the rest."""
         best = None
-        for item in items:
+        for item in items.tolist():
             for part in self.pool.parts(item, space):
                 if part.added - part.repeated > least_gain:
                     best, least_gain = (item, part.positions), part.added - part.repeated
         return best
 
 
-def _best_fit(needs: Ids, space: int) -> tuple[int, int]:
-    """Of the items, and of all pairs of them, what leaves the least room: the (larger) item, and the tokens filled."""
+def _best_fit(needs: Ids, space: int) -> tuple[int, int, bool]:
+    """Of the items, and of all pairs of them, what leaves the least room.
+
+    Returns:
+        The (larger) item, the tokens filled, and whether the item is alone.
+    """
     order = np.argsort(needs, kind="stable")
     ascending = needs[order]
     partner = np.minimum(np.searchsorted(ascending, space - ascending, side="right"), np.arange(len(order))) - 1
     filled = ascending + np.where(partner >= 0, ascending[partner], 0)
     n = int(filled.argmax())
-    return int(order[n]), int(filled[n])
+    return int(order[n]), int(filled[n]), bool(partner[n] < 0)

@@ -258,7 +258,7 @@ def _items(
         count = record.num_sequences
         report.groups += 1
         report.sequences += count
-        item = Item(record, index, tuple(range(count)), count if weight is None else _weight(weight, entry, index))
+        item = Item(record, index, range(count), count if weight is None else _weight(weight, entry, index))
         yield from budget.fit(item, report)
 
 

@@ -25,7 +25,7 @@ __all__ = ["Item", "Part", "Pool", "PromptPool", "TreePool", "Work", "make_pool"
 Ids = NDArray[np.int64]
 
 _ALL = 1 << 60  # more tokens than any sequence has
-_STARTS = 8  # subsets tried when a group is split
+_STARTS = 4  # subsets tried when a group is split
 
 
 class Work(NamedTuple):
@@ -66,7 +66,7 @@ class Item:
 
     record: Record
     index: int
-    sequences: tuple[int, ...]
+    sequences: Sequence[int]
     weight: float
 
     def part(self, positions: Sequence[int]) -> Item:
@@ -102,7 +102,7 @@ class Pool(abc.ABC):
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = items
-        self.left = [list(range(item.record.num_sequences)) for item in items]
+        self.left: list[Sequence[int]] = [range(item.record.num_sequences) for item in items]
         self.waiting = np.ones(len(items), dtype=bool)
 
     @abc.abstractmethod
@@ -111,10 +111,10 @@ class Pool(abc.ABC):
 
     def take(self, item: int, positions: Sequence[int] | None = None) -> Work:
         """Move these sequences of an item (all that wait, by default) into the open pack; what they add to it."""
-        taken = self.left[item] if positions is None else list(positions)
+        left = self.left[item]
+        taken = left if positions is None else positions
         work = self._move(item, taken)
-        gone = set(taken)
-        self.left[item] = [n for n in self.left[item] if n not in gone]
+        self.left[item] = [] if taken is left else sorted(set(left) - set(taken))
         if self.left[item]:
             self._shrink(item)
         else:
@@ -122,7 +122,7 @@ class Pool(abc.ABC):
         return work
 
     @abc.abstractmethod
-    def _move(self, item: int, positions: list[int]) -> Work:
+    def _move(self, item: int, positions: Sequence[int]) -> Work:
         """Put sequences into the open pack."""
 
     @abc.abstractmethod
@@ -149,7 +149,7 @@ class PromptPool(Pool):
         responses = self.items[item].record.responses
         return [len(responses[n]) for n in positions]
 
-    def _move(self, item: int, positions: list[int]) -> Work:
+    def _move(self, item: int, positions: Sequence[int]) -> Work:
         prompt = len(self.items[item].record.prompt)
         work = Work(prompt, _triangle(prompt))
         for size in self._response_sizes(item, positions):
@@ -212,7 +212,7 @@ class TreePool(Pool):
         start, stop = self._edges[item], self._edges[item + 1]
         return np.flatnonzero(self._here[start:stop]) + start
 
-    def _move(self, item: int, positions: list[int]) -> Work:
+    def _move(self, item: int, positions: Sequence[int]) -> Work:
         here = self._waiting(item)
         if len(positions) == len(here):
             overlap = np.maximum(self._known[here], self._within[here])
