@@ -2,14 +2,16 @@
 
 import gzip
 import json
+import pickle
 import sys
 from pathlib import Path
 
 import pytest
 
-from ppcompile.data import BadRecord, Preference, read_preferences, tokenize
+from ppcompile.data import BadRecord, Preference, RecordTokenizer, read_preferences, tokenize
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
+MORE = {"role": "user", "content": "And?"}
 USER, YES, NO = (
     {"role": "user", "content": "Is it?"},
     {"role": "assistant", "content": "Yes."},
@@ -47,11 +49,18 @@ def reason(record) -> str:
             "chosen": {"from": "gpt", "value": "Yes."},
             "rejected": {"from": "gpt", "value": "No."},
         },
-        {"prompt": [USER], "responses": ["Yes.", "No."], "scores": [1.0, 0.0]},
+        {"prompt": [USER], "chosen": "Yes.", "rejected": "No.", "messages": [USER, YES], "score_chosen": 9.0},
     ],
 )
 def test_every_conversational_spelling_means_the_same(record):
     assert only(record) == Preference([USER], ("Yes.", "No."), ((0, 1),), "record 1")
+
+
+@pytest.mark.parametrize("name", ["responses", "completions"])
+@pytest.mark.parametrize("replies", [["Yes.", "No."], [YES, [NO]], [[USER, YES], [USER, NO]]])
+def test_scored_replies_in_every_spelling_mean_the_same(name, replies):
+    expected = Preference([USER], ("Yes.", "No."), ((1, 0),), "record 1", scores=(0.0, 2.0))
+    assert only({"prompt": [USER], name: replies, "scores": [0, 2]}) == expected
 
 
 def test_plain_text():
@@ -80,11 +89,64 @@ def test_responses_without_scores_are_undecided_unless_declared_ordered():
 
 
 def test_records_without_a_preference_are_kept_and_reported():
-    equal = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 1]}
     same = {"prompt": "p", "chosen": "a", "rejected": "a"}
-    data = read_preferences([PLAIN, equal, same])
+    data = read_preferences([PLAIN, same, same])
     assert [record.where for record in data.undecided] == ["record 2", "record 3"]
     assert data.summary() == "3 records, 1 pairs, 2 without a preference (first: record 2)"
+    (equal,) = read_preferences([{"prompt": "p", "responses": ["a", "b"], "scores": [1, 1]}]).undecided
+    assert equal.scores == (1.0, 1.0)
+
+
+def test_one_reply_may_carry_a_label():
+    assert only({"prompt": "p", "completion": "a"}) == Preference("p", ("a",), (), "record 1")
+    for label in (True, False):
+        record = only({"prompt": [USER], "completion": [YES], "label": label})
+        assert record == Preference([USER], ("Yes.",), (), "record 1", scores=(float(label),))
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt", "response"),
+    [
+        ({"messages": [USER, YES]}, [USER], "Yes."),
+        ({"messages": [USER, YES, MORE, NO]}, [USER], [YES, MORE, NO]),
+        ({"conversations": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "Yes."}]}, [USER], "Yes."),
+        ({"conversations": [USER, YES], "system": "Brief."}, [{"role": "system", "content": "Brief."}, USER], "Yes."),
+    ],
+)
+def test_the_prompt_of_a_conversation_ends_where_the_assistant_first_speaks(record, prompt, response):
+    assert only(record) == Preference(prompt, (response,), (), "record 1")
+
+
+def test_rollouts_begin_alike_and_are_preferred_by_score():
+    record = {"conversations": [[USER, YES, MORE, NO], [USER, NO], [USER, MORE, YES]], "scores": [0, 1, 0]}
+    found = only(record)
+    assert (found.prompt, found.pairs) == ([USER], ((1, 0), (1, 2)))
+    assert found.responses == ([YES, MORE, NO], "No.", [MORE, YES])
+
+
+def test_replies_of_many_messages_follow_what_both_share():
+    chosen, rejected = [USER, YES, MORE, YES], [USER, YES, MORE, NO]
+    found = only({"chosen": chosen, "rejected": rejected})
+    assert (found.prompt, found.responses) == ([USER, YES, MORE], ("Yes.", "No."))
+    found = only({"prompt": [USER], "chosen": chosen, "rejected": rejected})
+    assert (found.prompt, found.responses) == ([USER], ([YES, MORE, YES], [YES, MORE, NO]))
+
+
+def test_tools_and_their_calls_are_kept_without_the_nulls_of_a_table():
+    datasets = pytest.importorskip("datasets")
+    schema = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "x"}}}
+    other = {"type": "function", "function": {"name": "go", "arguments": {"to": "y"}}}
+    rows = [
+        {"messages": [USER, {"role": "assistant", "tool_calls": [one]}, YES], "tools": json.dumps([schema])}
+        for one in (call, other)
+    ]
+    assert datasets.Dataset.from_list(rows)[0]["messages"][1]["content"] is None
+    first, second = read_preferences(datasets.Dataset.from_list(rows))
+    assert (first.where, second.where) == ("row 1", "row 2")
+    assert first.tools == [schema]
+    assert first.responses == ([{"role": "assistant", "tool_calls": [call]}, YES],)
+    assert second.responses[0][0]["tool_calls"] == [other]
 
 
 # --------------------------------------------------------------------------- refusals
@@ -100,20 +162,74 @@ def test_records_without_a_preference_are_kept_and_reported():
         ({"prompt": []}, "'prompt' holds no message"),
         ({"prompt": [{"role": "user"}]}, "'prompt[0]' needs a text 'content', got NoneType"),
         ({"rejected": " \n"}, "'rejected' is empty"),
-        ({"prompt": [USER], "chosen": [YES, USER, YES]}, "'chosen' must be one message after the prompt, got 3"),
-        ({"prompt": [USER], "chosen": [NO | {"role": "user"}]}, "'chosen' must be an assistant message"),
+        ({"chosen": [YES, USER, YES]}, "'chosen' must be text or one assistant message under a prompt that is text"),
+        ({"prompt": [USER], "chosen": [MORE]}, "'chosen' holds no message of the assistant, so nothing is scored"),
+        ({"prompt": [USER], "chosen": [USER]}, "'chosen' holds no message after the prompt"),
+        ({"prompt": [USER], "chosen": [{"role": "assistant", "content": " "}]}, "'chosen[0]' is an assistant message"),
+        ({"tools": [{"name": "look"}]}, "'tools' are written into the prompt by a chat template, and this prompt is"),
+        ({"prompt": [USER], "tools": "{"}, "'tools' is text and not JSON"),
+        ({"prompt": [USER], "tools": ["look"]}, "'tools[0]' must be a JSON schema, got str"),
         ({"prompt": None, "chosen": [YES], "rejected": [NO]}, "share no first message"),
         ({"prompt": None, "chosen": [USER, YES], "rejected": [USER, YES]}, "are the same conversation"),
-        ({"responses": "ab"}, "'responses' must be a list, got str"),
-        ({"responses": ["a"]}, "at least two responses, got 1"),
-        ({"responses": ["a", ""]}, "'responses[1]' is empty"),
-        ({"responses": ["a", "b"], "scores": [1.0]}, "2 responses but 1 scores"),
-        ({"responses": ["a", "b"], "scores": [1.0, float("nan")]}, "'scores[1]' must be a finite number, got nan"),
-        ({"responses": ["a", "b"], "scores": [1.0, "2"]}, "'scores[1]' must be a finite number, got '2'"),
+        ({"responses": ["a", "b"]}, "columns chosen+rejected and responses both say what the responses are; keep one"),
+        ({"completion": "a"}, "columns chosen+rejected and completion both say"),
     ],
 )
-def test_a_bad_record_says_what_is_wrong(change, said):
+def test_a_bad_pair_says_what_is_wrong(change, said):
     assert said in reason({**PLAIN, **change})
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"prompt": "p"}, "no column says what the responses are (found: prompt); accepted: prompt+chosen+rejected"),
+        ({"prompt": "p", "responses": "ab"}, "'responses' must be a list, got str"),
+        ({"prompt": "p", "responses": ["a"]}, "at least two responses, got 1"),
+        ({"prompt": "p", "responses": ["a", ""]}, "'responses[1]' is empty"),
+        ({"responses": ["a", "b"]}, "column 'prompt' is missing"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1.0]}, "2 responses but 1 scores"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1.0, float("nan")]}, "must be a finite number, got nan"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1.0, 10**400]}, "'scores[1]' must be a finite number"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1.0, "2"]}, "must be a finite number, got '2'"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1.0, None]}, "must be a finite number, got None"),
+        ({"prompt": "p", "completions": ["a", "b"], "labels": [True, False]}, "are the steps of one response"),
+        ({"prompt": "p", "responses": ["a", "b"], "completions": ["a"]}, "columns responses and completions both say"),
+        ({"prompt": "p", "completion": "a", "label": 1}, "'label' must be true (wanted) or false, got 1"),
+        ({"messages": []}, "'messages' holds no message"),
+        ({"messages": [USER]}, "'messages' holds no message of the assistant"),
+        ({"messages": [YES]}, "'messages' begins with the assistant, so there is no prompt"),
+        ({"messages": "Hi"}, "'messages' must be a list, got str"),
+        ({"conversations": [[USER, YES], [MORE, YES]]}, "'conversations' share no first message"),
+        ({"conversations": [[USER, YES], "Hi"]}, "'conversations[1]' must be a list, got str"),
+        ({"conversations": [[USER, YES], [USER, NO]], "scores": [1]}, "2 responses but 1 scores"),
+        (["prompt"], "a record must be an object with columns, got list"),
+    ],
+)
+def test_a_bad_record_says_what_is_wrong(record, said):
+    assert said in reason(record)
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        (
+            {"messages": [USER, YES]},
+            "this record is messages of messages, and the first one (record 1) is prompt+chosen",
+        ),
+        ({"prompt": [USER], "chosen": "a", "rejected": "b"}, "this record is prompt+chosen+rejected of messages, and"),
+    ],
+)
+def test_mixed_schemas_are_named(second, said):
+    with pytest.raises(BadRecord, match=r"^record 2: mixed schemas") as caught:
+        read_preferences([PLAIN, second])
+    assert said in caught.value.reason
+    data = read_preferences([PLAIN, second, PLAIN], on_bad="skip")
+    assert (len(data), [bad.where for bad in data.skipped]) == (2, ["record 2"])
+
+
+def test_bad_records_travel_between_processes():
+    bad = pickle.loads(pickle.dumps(BadRecord("a.jsonl:3", "empty")))
+    assert (bad.where, bad.reason, str(bad)) == ("a.jsonl:3", "empty", "a.jsonl:3: empty")
 
 
 def test_bad_lines_are_named_by_file_and_line_and_can_be_skipped(tmp_path):
@@ -246,10 +362,18 @@ def test_the_end_of_turn_is_not_the_eos_of_a_base_tokenizer(chatml):
 
 
 @pytest.mark.parametrize(
-    ("name", "flat", "packed_ratio"), [("dpo_en", 516_639, 1.40), ("qa_feedback", 1_767_243, 2.93)]
+    ("name", "flat", "packed_ratio"),
+    [
+        ("dpo_en", 516_639, 1.40),
+        ("qa_feedback", 1_767_243, 2.93),
+        # Trees: counted there with a line break behind each of the 200 and 151 conversations.
+        ("tau_airline", 821_762 - 200, 1.33),
+        ("toolbench_dfs", 466_462 - 151, 2.25),
+    ],
 )
 def test_token_counts_of_real_data(chatml, name, flat, packed_ratio):
-    records = [tokenize(record, chatml) for record in read_preferences(SHARED / f"{name}.jsonl.gz")]
+    encode = RecordTokenizer(chatml)
+    records = [encode(record) for record in read_preferences(SHARED / f"{name}.jsonl.gz")]
     unpacked = sum(record.unpacked_tokens for record in records)
     assert unpacked == flat
     assert unpacked / sum(record.packed_tokens for record in records) == pytest.approx(packed_ratio, abs=0.005)

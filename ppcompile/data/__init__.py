@@ -3,7 +3,7 @@
     data = read_preferences("pairs.jsonl")            # Preferences: a sequence of Preference
     print(data.summary())                             # how many, how many without a preference, what was skipped
     tokens = tokenize(data[0], tokenizer)             # .prompt ids, .responses ids, .pairs
-    group = ppcompile.Group(prompt=tokens.prompt, responses=tokens.responses)
+    batch = ppcompile.pack([tokens.entry])            # a Group, or Rollouts where not all of a response is scored
 
 Accepted spellings are listed in :mod:`ppcompile.data.records`.
 
@@ -19,11 +19,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
-from ppcompile.data.records import BadRecord, Preference, Prompt, preference_from
+from ppcompile.data.records import BadRecord, OneSchema, Preference, Prompt, preference_from
 from ppcompile.data.sources import Source, raw_records
-from ppcompile.data.tokens import TokenizedPreference, tokenize
+from ppcompile.data.tokens import RecordTokenizer, TokenizedPreference, tokenize
 
-__all__ = ["BadRecord", "Preference", "Preferences", "Prompt", "TokenizedPreference", "read_preferences", "tokenize"]
+__all__ = [
+    "BadRecord",
+    "Preference",
+    "Preferences",
+    "Prompt",
+    "RecordTokenizer",
+    "TokenizedPreference",
+    "read_preferences",
+    "tokenize",
+]
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ def read_preferences(
 
     Raises:
         BadRecord: a record with a missing column, a wrong type, empty text, a score that is not a finite number,
-            or numbers of responses and scores that differ.
+            numbers of responses and scores that differ, or another schema than that of the first record.
         FileNotFoundError: ``source`` is spelled like a file that is not there.
         ImportError: ``datasets`` is needed and not installed.
         ValueError: an unknown ``on_bad`` or ``unscored``, a ``limit`` below one, or a ``split`` that is not there.
@@ -95,9 +104,12 @@ def read_preferences(
         raise ValueError(f"limit must be at least 1, or None for all records; got {limit}")
     records: list[Preference] = []
     skipped: list[BadRecord] = []
+    schema = OneSchema()
     for where, raw in itertools.islice(raw_records(source, split), limit):
         try:
-            records.append(preference_from(raw, where, unscored))
+            record = preference_from(raw, where, unscored)
+            schema.check(record)
+            records.append(record)
         except BadRecord as bad:
             if on_bad == "error":
                 raise

@@ -1,32 +1,39 @@
-"""One preference record: a raw row in any accepted spelling, checked, or refused with the reason.
+"""One record: a raw row in any accepted spelling, checked, or refused with the reason.
 
 ==========================================  =======================================================================
 ``prompt chosen rejected``                  text; or messages ``{"role", "content"}``; a reply may be text under a
                                             conversational prompt
 ``chosen rejected``                         two conversations; the messages they share at the start are the prompt
-``prompt responses [scores]``               any number of replies; a higher score is better
 ``conversations [system] chosen rejected``  messages spelled ``{"from", "value"}``
+``prompt responses [scores]``               any number of replies; a higher score is better; also spelled
+                                            ``completions``
+``prompt completion [label]``               one reply, wanted or not
+``messages``                                one conversation; also spelled ``conversations [system]``
+``conversations [scores]``                  rollouts: a list of conversations that begin alike
 ==========================================  =======================================================================
+
+A reply is text, one message, or the messages that follow the prompt: then those of the assistant are scored and the
+others (tool results, the user's next turn) are not. In a whole conversation the prompt ends where the assistant first
+speaks. A ``tools`` column (JSON schemas, or their JSON text) goes with any conversation. Other columns are not read, so
+a ``messages`` column beside ``chosen`` and ``rejected``, as some data sets have, does nothing.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["BadRecord", "Message", "Pairs", "Preference", "Prompt", "parse_json", "preference_from"]
+from ppcompile.data.messages import Message, Reason, Response, as_list, as_messages, as_text, as_tools, shared_messages
 
-Message = dict[str, Any]
+__all__ = ["BadRecord", "OneSchema", "Pairs", "Preference", "Prompt", "parse_json", "preference_from"]
+
 Prompt = str | list[Message]
 Pairs = tuple[tuple[int, int], ...]
-
-ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
-"""Role names of the ``{"from", "value"}`` spelling that differ from the usual ones."""
-
-ACCEPTED = "prompt+chosen+rejected, chosen+rejected, prompt+responses[+scores], conversations+chosen+rejected"
+Columns = Mapping[str, Any]
+Content = tuple[Prompt, list[Response]]
 
 
 class BadRecord(ValueError):
@@ -37,6 +44,10 @@ class BadRecord(ValueError):
         self.where = where
         self.reason = reason
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles, so that a worker process can send it."""
+        return BadRecord, (self.where, self.reason)
+
 
 @dataclass(frozen=True)
 class Preference:
@@ -44,15 +55,27 @@ class Preference:
 
     Attributes:
         prompt: text, or chat messages.
-        responses: the text of each response.
+        responses: for each response its text (under messages: the content of one assistant message), or the messages
+            that follow the prompt, of which those of the assistant are scored.
         pairs: ``(winner, loser)`` indices into ``responses``; empty where nothing is strictly preferred.
         where: file and line (or data set and row) of the record, for messages.
+        scores: one for each response, higher is better; ``None`` where the record has none.
+        tools: JSON schemas for the chat template.
+        spelling: the row of the table above that the record was read as.
     """
 
     prompt: Prompt
-    responses: tuple[str, ...]
+    responses: tuple[Response, ...]
     pairs: Pairs
     where: str
+    scores: tuple[float, ...] | None = None
+    tools: list[dict[str, Any]] | None = None
+    spelling: str = field(default="", compare=False)
+
+    @property
+    def schema(self) -> str:
+        """Spelling, and whether the record is text or a conversation: one for all records of a data set."""
+        return f"{self.spelling} of {'text' if isinstance(self.prompt, str) else 'messages'}"
 
 
 def preference_from(raw: Any, where: str, unscored: str) -> Preference:
@@ -71,15 +94,39 @@ def preference_from(raw: Any, where: str, unscored: str) -> Preference:
         raise BadRecord(where, f"a record must be an object with columns, got {type(row).__name__}")
     columns = {name: value for name, value in row.items() if value is not None}  # tables fill absent columns with null
     try:
-        if "responses" in columns:
-            prompt, responses = _prompt(_column(columns, "prompt")), _responses(columns["responses"])
-            pairs = _scored_pairs(columns.get("scores"), len(responses), unscored)
-        else:
-            prompt, responses = _chosen_and_rejected(columns)
-            pairs = ((0, 1),) if responses[0] != responses[1] else ()
-    except _Reason as reason:
+        spelling = _spelling(columns)
+        prompt, responses = READERS[spelling](columns)
+        tools = as_tools(columns.get("tools", []), isinstance(prompt, list))
+        scores = _scores(columns, spelling, len(responses))
+    except Reason as reason:
         raise BadRecord(where, str(reason)) from None
-    return Preference(prompt, responses, pairs, where)
+    if spelling == PAIR:
+        pairs: Pairs = ((0, 1),) if responses[0] != responses[1] else ()
+    elif scores is None and unscored == "best-first":
+        pairs = _best_first(range(len(responses), 0, -1))
+    else:
+        pairs = _best_first(scores or ())
+    return Preference(prompt, tuple(responses), pairs, where, scores, tools, spelling)
+
+
+class OneSchema:
+    """Holds all records of a data set to the schema of the first: a mixture is two data sets, or a mistake."""
+
+    def __init__(self) -> None:
+        self._first: Preference | None = None
+
+    def check(self, record: Preference) -> None:
+        """Refuse a record that reads otherwise than the first one.
+
+        Raises:
+            BadRecord: it does.
+        """
+        first = self._first = self._first or record
+        if record.schema != first.schema:
+            raise BadRecord(
+                record.where,
+                f"mixed schemas: this record is {record.schema}, and the first one ({first.where}) is {first.schema}",
+            )
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -94,129 +141,201 @@ def parse_json(text: str, where: str) -> Any:
         raise BadRecord(where, f"not JSON: {error}") from error
 
 
-class _Reason(Exception):
-    """Why a record is bad; raised short inside, given its place once outside."""
+# --------------------------------------------------------------------------- spellings
+
+PAIR, RESPONSES, COMPLETION = "prompt+chosen+rejected", "prompt+responses", "prompt+completion"
+MESSAGES, ROLLOUTS = "messages", "conversations"
+
+ACCEPTED = (
+    "prompt+chosen+rejected, chosen+rejected, conversations+chosen+rejected, prompt+responses[+scores], "
+    "prompt+completion[+label], messages, conversations[+scores]"
+)
 
 
-def _column(columns: Mapping[str, Any], name: str) -> Any:
+def _spelling(columns: Columns) -> str:
+    """Which row of the table the columns are, ``READERS``'s key.
+
+    Raises:
+        Reason: none of them, or two that say different things about what the responses are.
+    """
+    pair = "chosen" in columns or "rejected" in columns
+    named = [name for name in ("responses", "completions", "completion") if name in columns]
+    if len(named) + pair > 1:
+        found = [*(["chosen+rejected"] if pair else []), *named]
+        raise Reason(f"columns {' and '.join(found)} both say what the responses are; keep one; accepted: {ACCEPTED}")
+    if pair:
+        return PAIR
+    if named:
+        return COMPLETION if named == ["completion"] else RESPONSES
+    if "messages" in columns:
+        return MESSAGES
+    if "conversations" in columns:
+        first = next(iter(as_list(columns["conversations"], "conversations")), None)
+        return ROLLOUTS if isinstance(first, list) else MESSAGES
+    found_names = ", ".join(map(str, columns)) or "none"
+    raise Reason(f"no column says what the responses are (found: {found_names}); accepted: {ACCEPTED}")
+
+
+def _column(columns: Columns, name: str) -> Any:
     if name not in columns:
-        raise _Reason(
+        raise Reason(
             f"column {name!r} is missing (found: {', '.join(map(str, columns)) or 'none'}); accepted: {ACCEPTED}"
         )
     return columns[name]
 
 
-def _chosen_and_rejected(columns: Mapping[str, Any]) -> tuple[Prompt, tuple[str, ...]]:
+def _pair(columns: Columns) -> Content:
     chosen, rejected = _column(columns, "chosen"), _column(columns, "rejected")
     given: Prompt | None = None
     if "conversations" in columns:
-        given = _prompt([*_system(columns), *_as_list(columns["conversations"], "conversations")])
+        given = _conversation(columns, "conversations")
     elif "prompt" in columns:
         given = _prompt(columns["prompt"])
     if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(given, list):
         # Some data sets repeat the last user message as a text column beside two full conversations.
-        prompt, tails = _split_conversations(_messages(chosen, "chosen"), _messages(rejected, "rejected"))
-        return prompt, (_reply(tails[0], "chosen", prompt), _reply(tails[1], "rejected", prompt))
+        return _split_conversations(as_messages(chosen, "chosen"), as_messages(rejected, "rejected"))
     if given is None:
-        raise _Reason(
-            "column 'prompt' is missing, and without it 'chosen' and 'rejected' must be conversations: "
-            "where the prompt ends inside plain text is a guess"
+        raise Reason(
+            "column 'prompt' is missing, and without it 'chosen' and 'rejected' must be conversations: where the "
+            "prompt ends inside plain text is a guess; add a 'prompt' column, and leave its text out of the other two"
         )
-    return given, (_reply(chosen, "chosen", given), _reply(rejected, "rejected", given))
+    return given, [_reply(chosen, "chosen", given), _reply(rejected, "rejected", given)]
 
 
-def _as_list(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise _Reason(f"{name!r} must be a list, got {type(value).__name__}")
-    return value
+def _several(columns: Columns) -> Content:
+    name = "responses" if "responses" in columns else "completions"
+    if name == "completions" and "labels" in columns:
+        raise Reason("'completions' with 'labels' are the steps of one response (stepwise supervision), not responses")
+    prompt = _prompt(_column(columns, "prompt"))
+    values = as_list(columns[name], name)
+    responses = [_reply(value, f"{name}[{n}]", prompt) for n, value in enumerate(values)]
+    if len(responses) < 2:
+        raise Reason(f"a preference needs at least two responses, got {len(responses)}")
+    return prompt, responses
 
 
-def _system(columns: Mapping[str, Any]) -> list[Message]:
-    return [{"role": "system", "content": columns["system"]}] if columns.get("system") else []
+def _one(columns: Columns) -> Content:
+    prompt = _prompt(_column(columns, "prompt"))
+    return prompt, [_reply(columns["completion"], "completion", prompt)]
 
 
-def _split_conversations(
-    chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], tuple[list[Message], ...]]:
-    """The messages both start with are the prompt; what follows are the responses."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    if shared == 0:
-        raise _Reason("'chosen' and 'rejected' share no first message, so there is no prompt")
-    if shared == len(chosen) or shared == len(rejected):
-        raise _Reason("'chosen' and 'rejected' are the same conversation, or one begins with all of the other")
-    return chosen[:shared], (chosen[shared:], rejected[shared:])
+def _whole(columns: Columns) -> Content:
+    name = "messages" if "messages" in columns else "conversations"
+    messages = _conversation(columns, name)
+    start = _first_assistant(messages, name)
+    if start == 0:
+        raise Reason(f"{name!r} begins with the assistant, so there is no prompt")
+    return messages[:start], [_short(messages[start:])]
+
+
+def _rollouts(columns: Columns) -> Content:
+    values = as_list(columns["conversations"], "conversations")
+    rollouts = [as_messages(value, f"conversations[{n}]") for n, value in enumerate(values)]
+    first_turns = [_first_assistant(rollout, f"conversations[{n}]") for n, rollout in enumerate(rollouts)]
+    start = min([shared_messages(rollouts), *first_turns])
+    if start == 0:
+        raise Reason("'conversations' share no first message before the assistant speaks, so there is no prompt")
+    return rollouts[0][:start], [_short(rollout[start:]) for rollout in rollouts]
+
+
+READERS: dict[str, Callable[[Columns], Content]] = {
+    PAIR: _pair,
+    RESPONSES: _several,
+    COMPLETION: _one,
+    MESSAGES: _whole,
+    ROLLOUTS: _rollouts,
+}
+
+
+# --------------------------------------------------------------------------- prompts and replies
 
 
 def _prompt(value: Any) -> Prompt:
     if isinstance(value, str):
-        return _text(value, "prompt")
-    messages = _messages(_as_list(value, "prompt"), "prompt")
+        return as_text(value, "prompt")
+    messages = as_messages(value, "prompt")
     if not messages:
-        raise _Reason("'prompt' holds no message")
+        raise Reason("'prompt' holds no message")
     return messages
 
 
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise _Reason(f"{name!r} must be text, got {type(value).__name__}")
-    if not value.strip():
-        raise _Reason(f"{name!r} is empty")
-    return value
+def _conversation(columns: Columns, name: str) -> list[Message]:
+    """The messages of a column, with those of a ``system`` column in front."""
+    system = [{"role": "system", "content": columns["system"]}] if columns.get("system") else []
+    messages = as_messages([*system, *as_list(columns[name], name)], name)
+    if len(messages) == len(system):
+        raise Reason(f"{name!r} holds no message")
+    return messages
 
 
-def _messages(values: list[Any], name: str) -> list[Message]:
-    return [_message(value, f"{name}[{index}]") for index, value in enumerate(values)]
+def _first_assistant(messages: list[Message], name: str) -> int:
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            return index
+    raise Reason(f"{name!r} holds no message of the assistant, so nothing is scored")
 
 
-def _message(value: Any, name: str) -> Message:
-    """A message with ``role`` and ``content``; other keys are kept for the chat template, nulls are not."""
-    if not isinstance(value, Mapping):
-        raise _Reason(f"{name!r} must be a message with 'role' and 'content', got {type(value).__name__}")
-    message = {key: item for key, item in value.items() if item is not None}
-    if "from" in message and "value" in message:
-        message = {"role": ROLES.get(message["from"], message["from"]), "content": message["value"]}
-    for key in ("role", "content"):
-        if not isinstance(message.get(key), str):
-            raise _Reason(f"{name!r} needs a text {key!r}, got {type(message.get(key)).__name__}")
-    return message
+def _split_conversations(chosen: list[Message], rejected: list[Message]) -> Content:
+    """The messages both start with are the prompt; what follows are the responses."""
+    shared = shared_messages([chosen, rejected])
+    if shared == 0:
+        raise Reason("'chosen' and 'rejected' share no first message, so there is no prompt")
+    if shared == len(chosen) or shared == len(rejected):
+        raise Reason("'chosen' and 'rejected' are the same conversation, or one begins with all of the other")
+    tails = {"chosen": chosen[shared:], "rejected": rejected[shared:]}
+    return chosen[:shared], [_following(messages, name) for name, messages in tails.items()]
 
 
-def _reply(value: Any, name: str, prompt: Prompt) -> str:
-    """The text of a response: text itself, a message, or a list with one message of the assistant."""
+def _reply(value: Any, name: str, prompt: Prompt) -> Response:
+    """A response: its text, one message, or the messages after the prompt, which they may repeat."""
     if isinstance(value, str):
-        return _text(value, name)
-    messages = _messages(value if isinstance(value, list) else [value], name)
+        return as_text(value, name)
+    messages = as_messages(value if isinstance(value, list) else [value], name)
     if isinstance(prompt, list) and messages[: len(prompt)] == prompt:
         messages = messages[len(prompt) :]
-    if len(messages) != 1:
-        raise _Reason(
-            f"{name!r} must be one message after the prompt, got {len(messages)}; move what both share to 'prompt'"
-        )
-    message = messages[0]
-    if message["role"] != "assistant" or set(message) != {"role", "content"}:
-        raise _Reason(
-            f"{name!r} must be an assistant message of 'role' and 'content', got {message['role']!r}, "
-            f"keys {', '.join(message)}"
-        )
-    return _text(message["content"], name)
+    reply = _following(messages, name)
+    if isinstance(prompt, str) and not isinstance(reply, str):
+        raise Reason(f"{name!r} must be text or one assistant message under a prompt that is text; make both messages")
+    return reply
 
 
-def _responses(values: Any) -> tuple[str, ...]:
-    responses = tuple(_text(value, f"responses[{n}]") for n, value in enumerate(_as_list(values, "responses")))
-    if len(responses) < 2:
-        raise _Reason(f"a preference needs at least two responses, got {len(responses)}")
-    return responses
+def _following(messages: list[Message], name: str) -> Response:
+    if not messages:
+        raise Reason(f"{name!r} holds no message after the prompt")
+    _first_assistant(messages, name)
+    return _short(messages)
 
 
-def _scored_pairs(scores: Any, count: int, unscored: str) -> Pairs:
-    if scores is None:
-        scores = list(range(count, 0, -1)) if unscored == "best-first" else [0] * count
-    if len(_as_list(scores, "scores")) != count:
-        raise _Reason(f"{count} responses but {len(scores)} scores")
+def _short(messages: list[Message]) -> Response:
+    """One plain message of the assistant is its text; all else stays as it is."""
+    if len(messages) == 1 and set(messages[0]) == {"role", "content"}:
+        content: str = messages[0]["content"]
+        return content
+    return messages
+
+
+# --------------------------------------------------------------------------- scores
+
+
+def _scores(columns: Columns, spelling: str, count: int) -> tuple[float, ...] | None:
+    if spelling == COMPLETION and "label" in columns:
+        if not isinstance(columns["label"], bool):
+            raise Reason(f"'label' must be true (wanted) or false, got {columns['label']!r}")
+        return (float(columns["label"]),)
+    if spelling not in (RESPONSES, ROLLOUTS) or "scores" not in columns:
+        return None
+    scores = as_list(columns["scores"], "scores")
+    if len(scores) != count:
+        raise Reason(f"{count} responses but {len(scores)} scores")
     for n, score in enumerate(scores):
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise _Reason(f"'scores[{n}]' must be a finite number, got {score!r}")
-    best = max(range(count), key=scores.__getitem__)
-    return tuple((best, n) for n in range(count) if scores[n] < scores[best])
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= sys.float_info.max:
+            raise Reason(f"'scores[{n}]' must be a finite number, got {score!r}")
+    return tuple(map(float, scores))
+
+
+def _best_first(scores: Sequence[float]) -> Pairs:
+    """The best response (the first of several equally good ones) wins against each strictly worse one."""
+    if not scores:
+        return ()
+    best = max(range(len(scores)), key=scores.__getitem__)
+    return tuple((best, n) for n in range(len(scores)) if scores[n] < scores[best])

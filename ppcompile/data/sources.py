@@ -27,6 +27,8 @@ def raw_records(source: Source, split: str | None) -> Iterator[Located]:
     """
     if not isinstance(source, (str, Path)):
         _refuse_split("an iterable of records", split)
+        if type(source).__module__.startswith("datasets."):
+            return _rows_of_table("row", source)
         return ((f"record {number}", raw) for number, raw in enumerate(source, start=1))
     path = Path(source)
     suffix = next((end for end in reversed(path.suffixes) if end != ".gz"), "")
@@ -70,14 +72,29 @@ def _datasets() -> Any:
 
 def _table_rows(path: Path, suffix: str) -> Iterator[Located]:
     rows = _datasets().load_dataset(TABLE_FILES[suffix], data_files=str(path), split="train")
-    return ((f"{path} row {number}", raw) for number, raw in enumerate(rows, start=1))
+    return _rows_of_table(f"{path} row", rows)
+
+
+def _rows_of_table(name: str, rows: Iterable[Any]) -> Iterator[Located]:
+    return ((f"{name} {number}", without_nulls(raw)) for number, raw in enumerate(rows, start=1))
+
+
+def without_nulls(value: Any) -> Any:
+    """A row of a table without what is null, at any depth.
+
+    A table has one type for a column, so that every message gets the keys of all messages, and every tool call the
+    arguments of all tools.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _dataset_rows(name: str, split: str | None) -> Iterator[Located]:
     library = _datasets()
     if (Path(name) / "state.json").is_file():  # one saved Dataset
         _refuse_split(name, split)
-        return ((f"{name} row {number}", raw) for number, raw in enumerate(library.load_from_disk(name), start=1))
+        return _rows_of_table(f"{name} row", library.load_from_disk(name))
     split = split or "train"
     if (Path(name) / "dataset_dict.json").is_file():  # a saved DatasetDict
         splits = library.load_from_disk(name)
@@ -86,4 +103,4 @@ def _dataset_rows(name: str, split: str | None) -> Iterator[Located]:
         rows = splits[split]
     else:
         rows = library.load_dataset(name, split=split)
-    return ((f"{name}[{split}] row {number}", raw) for number, raw in enumerate(rows, start=1))
+    return _rows_of_table(f"{name}[{split}] row", rows)
