@@ -154,7 +154,7 @@ class Budget:
         sizes = [len(response) for response in item.record.responses]
         shown = ", ".join(f"{size:,}" for size in sizes[:8]) + ", ..." * (len(sizes) > 8)
         need = size_of(item.record, self.share)
-        return f"group {item.index} (prompt {len(item.record.prompt):,}, responses {shown}: {need:,} tokens)"
+        return f"{item.name} (prompt {len(item.record.prompt):,}, responses {shown}: {need:,} tokens)"
 
     def _refusal(self, item: Item) -> str:
         tried = [policy for policy in self.policies if policy != "error"]

@@ -182,7 +182,7 @@ class PackPlans(Iterator[PackPlan]):
 
 
 def plan_packs(
-    groups: Iterable[Entry],
+    groups: Iterable[Entry | Item],
     *,
     max_tokens: int = 16384,
     share: str = "prompt",
@@ -200,7 +200,10 @@ def plan_packs(
     weight: Callable[[Any], float] | None = None,
     skip: int = 0,
 ) -> PackPlans:
-    """:func:`packs` without the tensors: plans whose ``batch()`` another process may call."""
+    """:func:`packs` without the tensors: plans whose ``batch()`` another process may call.
+
+    Groups may also be items, checked before; their index, name and weight are then their own.
+    """
     check_share(share)
     for name, value, least in (
         ("max_tokens", max_tokens, 1),
@@ -254,12 +257,16 @@ def _items(
 ) -> Iterator[Item]:
     """Entries checked, counted, and made to fit."""
     for index, entry in entries:
-        record = as_record(entry, f"group {index}")
-        count = record.num_sequences
+        item = entry if isinstance(entry, Item) else _item(entry, index, weight)
         report.groups += 1
-        report.sequences += count
-        item = Item(record, index, range(count), count if weight is None else _weight(weight, entry, index))
+        report.sequences += item.record.num_sequences
         yield from budget.fit(item, report)
+
+
+def _item(entry: Any, index: int, weight: Callable[[Any], float] | None) -> Item:
+    record = as_record(entry, f"group {index}")
+    count = record.num_sequences
+    return Item(record, index, range(count), count if weight is None else _weight(weight, entry, index))
 
 
 def _weight(weight: Callable[[Any], float], entry: Any, index: int) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -55,7 +55,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """A group, or a part of one, that waits for its pack.
+    """A group, or a part of one, that waits for its pack. Subclasses may carry more; their parts carry it too.
 
     Attributes:
         record: its sequences.
@@ -69,15 +69,20 @@ class Item:
     sequences: Sequence[int]
     weight: float
 
+    @property
+    def name(self) -> str:
+        """What messages call the group."""
+        return f"group {self.index}"
+
     def part(self, positions: Sequence[int]) -> Item:
         """The item with these of its sequences only, and their share of the weight."""
         if len(positions) == len(self.sequences):
             return self
-        return Item(
-            self.record.part(positions),
-            self.index,
-            tuple(self.sequences[n] for n in positions),
-            self.weight * len(positions) / len(self.sequences),
+        return replace(
+            self,
+            record=self.record.part(positions),
+            sequences=tuple(self.sequences[n] for n in positions),
+            weight=self.weight * len(positions) / len(self.sequences),
         )
 
 
