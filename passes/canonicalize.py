@@ -25,6 +25,7 @@ from .base import (
     operands,
     same_shape,
 )
+from .einsum import write_out_einsums
 from .functionalize import functionalize
 
 __all__ = ["canonicalize"]
@@ -46,6 +47,7 @@ def canonicalize(graph: PackGraph) -> PassResult:
             result.changed += 1
     _drop_detached_constants(graph, result)
     result.changed += functionalize(graph)
+    result.changed += write_out_einsums(graph)
     for node in graph.graph.nodes:
         if is_op(
             node, "aten.view.default"

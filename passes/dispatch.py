@@ -24,8 +24,8 @@ _MOVES = frozenset({
     "gather", "embedding",
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "permute", "t",
     "expand", "expand_as", "repeat", "repeat_interleave", "slice", "select", "narrow", "chunk", "split",
-    "split_with_sizes", "unbind", "getitem", "cat", "stack", "pad", "to", "_to_copy", "type_as", "contiguous", "clone",
-    "detach", "alias", "lift_fresh_copy", "masked_fill", "masked_fill_", "where", "dropout",
+    "split_with_sizes", "unbind", "getitem", "cat", "concat", "stack", "pad", "to", "_to_copy", "type_as", "contiguous",
+    "clone", "detach", "alias", "lift_fresh_copy", "masked_fill", "masked_fill_", "where", "dropout",
 })  # fmt: skip
 _MAKES = frozenset({
     "empty", "empty_like", "zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_zeros", "new_ones",

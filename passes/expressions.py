@@ -185,9 +185,18 @@ def may_be_negative(place: Expr) -> bool:
     if isinstance(place, Op) and place.name in ("floordiv", "remainder") and isinstance(place.args[1], Const):
         return place.args[1].value <= 0 or (place.name == "floordiv" and may_be_negative(place.args[0]))
     if isinstance(place, Op) and place.name == "where":
-        return any(may_be_negative(branch) for branch in place.args[1:])
+        condition, a, b = place.args
+        return may_be_negative(a) or (not _is_not_below_zero_else(condition, b) and may_be_negative(b))
     form = linear_form(place)
     return form is None or not _interval(form, None)[0] >= 0
+
+
+def _is_not_below_zero_else(condition: Expr, branch: Expr) -> bool:
+    """True if ``branch``, taken where ``condition`` fails, is at least 0 there: ``where(x < low, low, x)``."""
+    if not isinstance(condition, Op) or condition.name not in ("lt", "le") or condition.args[0] != branch:
+        return False
+    low = condition.args[1]
+    return isinstance(low, Const) and low.value >= 0
 
 
 def _interval(form: dict[str, float], relation: Relation | None) -> tuple[float, float]:
@@ -419,7 +428,8 @@ def split_mask(expr: Expr) -> tuple[Expr, Expr]:
         return _SHOWN, expr
     split = _SPLITS.get(expr.name)
     visible, score = split(expr) if split is not None else (_SHOWN, expr)
-    return (_SHOWN, expr) if visible == _SHOWN else (visible, score)
+    # Where nothing is hidden the score stays as it was written, but for a floor that no score reaches.
+    return (visible, score) if visible != _SHOWN or expr.name == "maximum" else (_SHOWN, expr)
 
 
 def _split_where(expr: Op) -> tuple[Expr, Expr]:

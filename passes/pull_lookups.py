@@ -47,6 +47,15 @@ def embedding(reader: Reader, node: fx.Node, where: Coordinates) -> Expr:
     return _looked_up(reader, node, argument(node, "weight"), (row, where[-1]))
 
 
+@reads("gather")
+def gather(reader: Reader, node: fx.Node, where: Coordinates) -> Expr:
+    """A lookup along one axis, at a place for each element; on the other axes it reads where it writes."""
+    source, _, chosen = operands(node)[:3]
+    axis = axis_argument(node, len(where))
+    place = reader.read(chosen, where)
+    return _looked_up(reader, node, source, (*where[:axis], place, *where[axis + 1 :]))
+
+
 def _looked_up(reader: Reader, node: fx.Node, source: fx.Node, where: Coordinates) -> Expr:
     """``source`` at computed coordinates. A negative one counts from the end, which only a real table can do."""
     if not any(may_be_negative(w) for w in where):

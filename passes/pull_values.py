@@ -14,7 +14,8 @@ from .expressions import Const, Expr, Op, is_bool
 _BINARY = {
     "add": "add", "sub": "sub", "mul": "mul", "div": "div", "true_divide": "div", "floor_divide": "floordiv",
     "remainder": "remainder", "pow": "pow", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge", "eq": "eq", "ne": "ne",
-    "minimum": "minimum", "maximum": "maximum",
+    "minimum": "minimum", "maximum": "maximum", "min": "minimum", "max": "maximum", "divide": "div", "multiply": "mul",
+    "subtract": "sub", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge", "not_equal": "ne",
 }  # fmt: skip
 _BOOLEAN = {"mul": "and_", "add": "or_"}  # what these two mean on booleans
 _LOGICAL = {
@@ -88,6 +89,8 @@ def unary(reader: Reader, node: fx.Node, where: Coordinates) -> Expr:
 @reads(*_BINARY)
 def binary(reader: Reader, node: fx.Node, where: Coordinates) -> Expr:
     """A function of two numbers, with the options that torch knows for it."""
+    if op_family(node) in ("min", "max") and op_name(node).rpartition(".")[2] != "other":
+        raise Opaque(node, f"{op_name(node)} over an axis")
     left, right = operands(node)[:2]
     op, alpha = _BINARY[op_family(node)], argument(node, "alpha", 1)
     if _dtype(node) == torch.bool and op in _BOOLEAN:

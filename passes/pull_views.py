@@ -167,7 +167,8 @@ def select_scatter(reader: Reader, node: fx.Node, where: Coordinates) -> Expr:
     return Op("where", (Op("eq", (where[axis], Const(place))), new, reader.read(source, where)))
 
 
-@reads("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
+@reads("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as",
+       "ravel")  # fmt: skip
 def view(reader: Reader, node: fx.Node, where: Coordinates) -> Expr:
     """The same elements in the same order, in another shape."""
     if argument(node, "dtype", None) is not None:
@@ -218,6 +219,6 @@ def _matching_axes(
 VIEWS = (
     "contiguous", "clone", "detach", "alias", "lift_fresh_copy", "transpose", "swapaxes", "swapdims", "t", "mT",
     "numpy_T", "permute", "expand", "expand_as", "broadcast_to", "slice", "select", "view", "reshape",
-    "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze",
+    "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel",
 )  # fmt: skip
 """Families that only rearrange: cheaper to read through than to compute."""

@@ -11,7 +11,8 @@ from .base import PackGraph, argument, axis_argument, op_family, op_name, operan
 from .types import Const, Mixes, Tok, TokenType, Tuple, Types, rule, within_token
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as",
+      "ravel")  # fmt: skip
 def view(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
     """The token axis stays an axis of its own: as many elements stand before it as did."""
     source = operands(node)[0]
@@ -38,7 +39,14 @@ def _show(node: fx.Node) -> str:
     return "[" + ", ".join(str(size) for size in shape_of(node)) + "]"
 
 
-@rule("transpose", "permute", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "mT", "numpy_T")
+@rule("view_as_complex", "view_as_real")
+def complex_view(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
+    """Pairs of numbers on the last axis are complex numbers, or become such pairs."""
+    pairs = [-1] if op_family(node) == "view_as_complex" else []
+    return within_token(node, types, pairs, "a pair of neighbouring tokens as one complex number")
+
+
+@rule("transpose", "permute", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "mT", "mH", "adjoint", "numpy_T")
 def permutation(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
     """Axes change places; the token axis is found by its size, of which there is one."""
     return _only_axis(graph, node, "a permutation of several axes of tokens")
@@ -82,6 +90,27 @@ def select(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
     axis = axis_argument(node, len(shape_of(operands(node)[0])))
     kind = within_token(node, types, [axis], "selecting one slot")
     return Tok(kind.axis - 1) if isinstance(kind, Tok) and axis < kind.axis else kind
+
+
+@rule("unfold")
+def windows(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
+    """Windows along an axis within each token; they become a new last axis."""
+    return within_token(node, types, [argument(node, "dimension")], "windows")
+
+
+@rule("tril", "triu")
+def triangle(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
+    """A triangle of a matrix that each token has for itself."""
+    return within_token(node, types, [-2, -1], "a triangle")
+
+
+@rule("diagonal")
+def diagonal(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
+    """The diagonal of a matrix that each token has for itself; two axes become one, at the end."""
+    rank = len(shape_of(node)) + 1
+    axes = [axis_argument(node, rank, name) for name in ("dim1", "dim2")]
+    kind = within_token(node, types, axes, "a diagonal")
+    return Tok(kind.axis - sum(axis < kind.axis for axis in axes)) if isinstance(kind, Tok) else kind
 
 
 @rule("cat", "concat", "concatenate", "stack")

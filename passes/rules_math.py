@@ -22,7 +22,8 @@ _BY_ELEMENT = (
     "lift_fresh_copy", "relu", "silu", "gelu", "softplus", "clamp", "rsub", "nan_to_num", "hardswish", "leaky_relu",
     "elu", "mish", "log_sigmoid", "hardtanh", "relu6", "selu", "celu", "square", "isnan", "isinf", "floor_divide",
     "divide", "multiply", "subtract", "greater", "greater_equal", "less", "less_equal", "not_equal", "absolute",
-    "negative", "__and__", "__or__", "__xor__",
+    "negative", "__and__", "__or__", "__xor__", "polar", "complex", "real", "imag", "_conj", "conj_physical",
+    "resolve_conj", "resolve_neg", "angle", "clip", "fix", "arctan2", "true_divide", "float_power", "isclose",
 )  # fmt: skip
 """Pointwise ops that torch does not tag as such in every version or overload."""
 
@@ -30,8 +31,6 @@ _BY_ELEMENT = (
 @rule(*_BY_ELEMENT)
 def pointwise(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
     """Each output element reads one element of each input, broadcast: token axes must coincide."""
-    if op_family(node) in ("max", "min") and len(tensors_of(node)) == 1:
-        return Mixes(f"{op_name(node)} over the whole row")  # the overloads that reduce carry no dim here
     value: Any = node.meta["val"]
     outputs = value if isinstance(value, (tuple, list)) else (value,)
     kind = _broadcast(tensors_of(node), len(outputs[0].shape), types)
@@ -74,17 +73,25 @@ def fill(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
     return Tok(axes[0]) if axes else Const()
 
 
+@rule("one_hot")
+def one_hot(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
+    """Each token's class as a new last axis; without a number of classes, their number is the largest in the row."""
+    if argument(node, "num_classes") == -1:
+        return Mixes("one_hot without a number of classes counts those of the row")
+    return types[operands(node)[0]]
+
+
 # --------------------------------------------------------------------------- along axes
 
 
 @rule("mean", "sum", "amax", "amin", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "prod", "all", "any",
-      "argmax", "argmin")  # fmt: skip
+      "argmax", "argmin", "nansum", "nanmean", "count_nonzero")  # fmt: skip
 def reduction(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
     """A reduction within each token. Without ``keepdim`` the token axis moves down."""
     rank = len(shape_of(operands(node)[0]))
     axes = _axes(argument(node, "dim", None), rank)
     kind = within_token(node, types, axes, op_name(node))
-    if isinstance(kind, Mixes) or len(shape_of(node)) == rank:
+    if isinstance(kind, Mixes) or argument(node, "keepdim", False):
         return kind
     return Tok(kind.axis - sum(axis % rank < kind.axis for axis in set(axes)))
 
@@ -96,12 +103,22 @@ def _axes(given: Any, rank: int) -> list[int]:
     return [int(axis) % rank for axis in given] if isinstance(given, (list, tuple)) else [int(given) % rank]
 
 
-@rule("max", "min", "topk", "sort", "argsort", "chunk", "split", "split_with_sizes", "unbind", "cummax", "cummin")
+@rule("var_mean", "std_mean")
+def two_reductions(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
+    """Two reductions within each token."""
+    kind = reduction(graph, node, types)
+    return Tuple((kind, kind)) if isinstance(kind, Tok) else kind
+
+
+@rule("max", "min", "topk", "sort", "argsort", "chunk", "split", "split_with_sizes", "unbind", "cummax", "cummin",
+      "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", "tensor_split", "kthvalue", "median", "mode",
+      "aminmax")  # fmt: skip
 def along_axis(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
     """Ops along one axis, often with several outputs: token-wise if that axis is not the token axis."""
     given = argument(node, "dim", None)
-    if given is None:  # max of two tensors, or of everything
-        return pointwise(graph, node, types)
+    if given is None:
+        two = op_family(node) in ("max", "min") and len(tensors_of(node)) == 2
+        return pointwise(graph, node, types) if two else Mixes(f"{op_name(node)} over the whole row")
     rank = len(shape_of(operands(node)[0]))
     kind = within_token(node, types, [given], op_name(node))
     if isinstance(kind, Mixes):
@@ -118,6 +135,15 @@ def along_given_axis(graph: PackGraph, node: fx.Node, types: Types) -> TokenType
     """Ops along the axes they are given, which they keep."""
     given = argument(node, "dims" if op_family(node) in ("flip", "roll") else "dim")
     return within_token(node, types, _axes(given, len(shape_of(operands(node)[0]))), op_name(node))
+
+
+@rule("prefix_sum")
+def prefix_sum(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
+    """A running sum along each sequence of the forest, by definition."""
+    values, subtree_end, axis = operands(node)
+    if subtree_end is not graph.layout("subtree_end") or types[values] != Tok(axis):
+        return Mixes("a running sum along another forest than the row's")
+    return Tok(axis)
 
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")

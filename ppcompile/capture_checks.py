@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 
 from .passes.base import NotPackable, Refusal
 
-__all__ = ["attributes_restored", "branches_on_length", "nothing_escapes", "python_state"]
+__all__ = ["Attributes", "branches_on_length", "nothing_escapes", "python_state"]
 
 _LENGTHS = (*range(2, 130), *(2**n + d for n in range(8, 18) for d in (-1, 0, 1)))
 """Row lengths at which a condition is tried; it must hold at all of them to be no condition."""
@@ -61,12 +61,13 @@ def branches_on_length(exported: ExportedProgram, length: sympy.Symbol, modules:
 
 
 def _upper_bound(condition: Any, length: sympy.Symbol) -> int | None:
-    """``N`` if the condition says ``T <= N``."""
-    if isinstance(condition, sympy.Le) and condition.lhs == length and condition.rhs.is_Integer:
-        return int(condition.rhs)
-    if isinstance(condition, sympy.Lt) and condition.lhs == length and condition.rhs.is_Integer:
-        return int(condition.rhs) - 1
-    return None
+    """``N`` if the condition says ``T <= N``, such as ``T + 2 <= N + 2``."""
+    if not isinstance(condition, (sympy.Le, sympy.Lt)):
+        return None
+    bound = sympy.expand(condition.rhs - condition.lhs) + length  # the condition says `T <= bound` or `T < bound`
+    if not bound.is_Integer:
+        return None
+    return int(bound) - (1 if isinstance(condition, sympy.Lt) else 0)
 
 
 def _always_holds(condition: Any, length: sympy.Symbol, longest: list[int]) -> bool:
@@ -101,7 +102,7 @@ def nothing_escapes(model: nn.Module) -> Iterator[None]:
     custom = "a custom autograd.Function, whose backward is not in the captured graph"
     hook = "a hook on a tensor, which would not run in the captured graph"
     inference = "an inference-mode region inside the model, which the captured graph cannot tell from any other"
-    before = {path: dict(vars(module)) for path, module in model.named_modules()}
+    attributes = Attributes(model)
     with (
         mock.patch.object(torch.autograd.Function, "apply", classmethod(_refuse_function(custom))),
         mock.patch.object(torch.Tensor, "register_hook", _refuser(hook)),
@@ -110,20 +111,22 @@ def nothing_escapes(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            changed = _restored(model, before)
+            changed = attributes.restore()
     for path, attribute in changed:
         reason = f"the forward pass stores {attribute!r} on the module, which a captured graph would not do"
         raise NotPackable(Refusal(reason, path, op="assignment", hint="keep no state between forwards"))
 
 
-@contextlib.contextmanager
-def attributes_restored(model: nn.Module) -> Iterator[None]:
-    """Leave the modules' plain attributes and tensors as found, whatever runs inside."""
-    before = {path: dict(vars(module)) for path, module in model.named_modules()}
-    try:
-        yield
-    finally:
-        _restored(model, before)
+class Attributes:
+    """The modules' plain attributes and tensors, as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before = {path: dict(vars(module)) for path, module in model.named_modules()}
+
+    def restore(self) -> list[tuple[str, str]]:
+        """Put back what was assigned since then, and name it: ``(module path, attribute)``."""
+        return _restored(self._model, self._before)
 
 
 def _restored(model: nn.Module, before: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:

@@ -4,8 +4,8 @@
     key^T ──┘          scale, softcap, bias, mask, sinks       │
     value ─────────────────────────────────────────────────────┘
 
-The chain between the contraction and the softmax is read, element by element, as a score expression. Sinks are
-an extra column that is concatenated before the softmax and cut off after it.
+The chain between the contraction and the softmax is read, element by element, as a score expression; of sinks there
+are two spellings (``passes.sinks``).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from torch import fx
 
 from ..base import PackGraph, Refusal, argument, axis_argument, is_op, op_family, op_name, operands, shape_of
 from ..coordinates import ZERO, Coordinates, Opaque, score_coordinates
-from ..expressions import Capture, Const, Expr, Op, Var
+from ..expressions import Const, Expr, Op, Var
 from ..pull_back import PullBack
+from ..sinks import logit_per_head, scaled_by_sinks, without_casts, without_column
 from ..site import NoMatch, Site, dropout_refusal, head_count, understand_score
 
 __all__ = ["SPELLING", "recognize"]
@@ -44,7 +45,7 @@ def recognize(graph: PackGraph, node: fx.Node) -> Site | NoMatch | None:
 
 def _match(graph: PackGraph, node: fx.Node) -> Site | NoMatch:
     where = score_coordinates(shape_of(node))
-    scores, sink = _without_sinks(_without_shift(operands(node)[0]))
+    scores, sink = without_column(_without_shift(operands(node)[0]))
     contraction = _Contraction(graph)
     expr = contraction.reader.read(scores, where)
     if contraction.node is None:
@@ -55,10 +56,12 @@ def _match(graph: PackGraph, node: fx.Node) -> Site | NoMatch:
     product = _weighted_sum(graph, node, where)
     if isinstance(product, NoMatch):
         return product
-    sinks = None if sink is None else _sink_logits(graph, sink, where)
+    value, output = operands(product)[1], product
+    sinks = None if sink is None else logit_per_head(graph, sink, (*where[:-1], ZERO))
+    if sinks is None and (scaled := scaled_by_sinks(graph, scores, product, where)) is not None:
+        output, sinks = scaled
     query, key = _factors(contraction.node)
-    value = operands(product)[1]
-    return Site(SPELLING, product, query, key, value, True, meaning, head_count(shape_of(node)), sinks)
+    return Site(SPELLING, output, query, key, value, True, meaning, head_count(shape_of(node)), sinks)
 
 
 # --------------------------------------------------------------------------- before the softmax
@@ -123,31 +126,6 @@ def _is_alike_for_all_keys(maximum: fx.Node, rank: int) -> bool:
     return bool(argument(maximum, "keepdim")) and (not axes or any(axis % rank == rank - 1 for axis in axes))
 
 
-def _without_sinks(scores: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    if not is_op(scores, "aten.cat"):
-        return scores, None
-    parts = argument(scores, "tensors")
-    rank = len(shape_of(scores))
-    if len(parts) != 2 or shape_of(parts[1])[-1] != 1 or axis_argument(scores, rank) != rank - 1:
-        raise Opaque(scores, "a concatenation of scores that is not one column of sinks")
-    return parts[0], parts[1]
-
-
-def _sink_logits(graph: PackGraph, sink: fx.Node, where: Coordinates) -> fx.Node:
-    value = _without_casts(PullBack(graph).read(sink, (*where[:-1], ZERO)))
-    if isinstance(value, Op) and value.name == "at" and value.args[1:] == (Var("h"),):
-        table = value.args[0]
-        if isinstance(table, Capture):
-            return table.node
-    raise Opaque(sink, "sinks that are not one logit per head")
-
-
-def _without_casts(expr: Expr) -> Expr:
-    while isinstance(expr, Op) and expr.name in ("float32", "bfloat16", "float16"):
-        expr = expr.args[0]
-    return expr
-
-
 # --------------------------------------------------------------------------- after the softmax
 
 
@@ -176,6 +154,6 @@ def _checked_weights(graph: PackGraph, softmax: fx.Node, product: fx.Node, where
 
     weights, value = operands(product)[:2]
     read = PullBack(graph, leaf).read(weights, score_coordinates(shape_of(weights)))
-    if _without_casts(read) != Var("s") or len(shape_of(value)) < 2:
+    if without_casts(read) != Var("s") or len(shape_of(value)) < 2:
         return NoMatch(Refusal.at(product, "attention weights that are rearranged before they weigh the values"))
     return product

@@ -87,5 +87,11 @@ def typed() -> Callable[[PackGraph], TokenType | Mixes]:
 
 
 @pytest.fixture
+def without_unsharing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a pass refuses stays refused: no module is taken out of the graph instead."""
+    monkeypatch.setattr("ppcompile.pipeline.widened", lambda *_: None)
+
+
+@pytest.fixture
 def ids() -> Tensor:
     return torch.randint(0, 11, (1, 23), generator=torch.Generator().manual_seed(0))

@@ -155,12 +155,38 @@ def gate_of_tokens(q: Tensor, k: Tensor, v: Tensor, m: nn.Module) -> Tensor:
     return (q @ k.mT * 0.3 + gate).masked_fill(~causal(q), -1e30).softmax(-1) @ v
 
 
+def equations(q: Tensor, k: Tensor, v: Tensor, m: nn.Module) -> Tensor:
+    """Grouped heads, axes in another order than a product would have them."""
+    q, k, v = q.unflatten(1, (2, 2)).permute(0, 3, 1, 2, 4), k[:, :2].transpose(1, 2), v[:, :2].transpose(1, 2)
+    s = torch.einsum("bqgrd,bkgd->bgrqk", q, k) * 0.3
+    weights = s.masked_fill(~causal(q.transpose(1, 2)[..., 0, :]), -1e9).softmax(-1)
+    return torch.einsum("bgrqk,bkgd->bgrqd", weights, v).flatten(1, 2)
+
+
+def floored(q: Tensor, k: Tensor, v: Tensor, m: nn.Module) -> Tensor:
+    lowest = torch.full((), torch.finfo(q.dtype).min)
+    return torch.max(scores(q, k), lowest).softmax(-1) @ v
+
+
+def sinks_as_a_factor(q: Tensor, k: Tensor, v: Tensor, m: nn.Module) -> Tensor:
+    s = scores(q, k)
+    factor = (s.logsumexp(-1) - m.sinks.view(1, -1, 1)).float().sigmoid()
+    return (s.softmax(-1) @ v) * factor.unsqueeze(-1).to(v.dtype)
+
+
+def relative_to_the_query(q: Tensor, k: Tensor, v: Tensor, m: nn.Module) -> Tensor:
+    """Each query has a logit for each of the distances up to 7."""
+    p = torch.arange(q.shape[2])
+    distance = (p[:, None] - p[None, :]).clamp(0, 7)
+    return (scores(q, k) + q.gather(-1, distance.expand(1, q.shape[1], -1, -1))).softmax(-1) @ v
+
+
 EXAMPLES: dict[str, Attend] = {
     f.__name__: f
     for f in (
         sandwich, with_batched_products, shifted, with_sinks, subtracted_mask, scaled_after_the_mask, shared_keys,
         shared_keys_own_values, groups_last, groups_first, fused_groups_first, repeated, interleaved, grouped,
-        per_head_mask, flattened_heads, gate_of_tokens,
+        per_head_mask, flattened_heads, gate_of_tokens, equations, floored, sinks_as_a_factor, relative_to_the_query,
     )
 }  # fmt: skip
 
@@ -235,6 +261,16 @@ def log_sum_exp_returned(q: Tensor, k: Tensor, v: Tensor, m: nn.Module) -> Tenso
     return s.softmax(-1) @ v + s.logsumexp(-1, keepdim=True)
 
 
+def sinks_of_other_scores(q: Tensor, k: Tensor, v: Tensor, m: nn.Module) -> Tensor:
+    factor = ((scores(q, k) * 2).logsumexp(-1, keepdim=True) - m.sinks.view(1, -1, 1, 1)).sigmoid()
+    return (scores(q, k).softmax(-1) @ v) * factor
+
+
+def factor_over_queries(q: Tensor, k: Tensor, v: Tensor, m: nn.Module) -> Tensor:
+    s = scores(q, k)
+    return (s.softmax(-1) @ v) * (s.logsumexp(-2) - m.sinks.view(1, -1, 1)).sigmoid().unsqueeze(-1)
+
+
 def sinks_cut_from_the_wrong_side(q: Tensor, k: Tensor, v: Tensor, m: nn.Module) -> Tensor:
     s = torch.cat([scores(q, k), m.sinks.view(1, -1, 1, 1).expand(1, -1, q.shape[2], 1)], -1)
     return s.softmax(-1)[..., 1:] @ v
@@ -299,14 +335,15 @@ def dropout_of_weights(q: Tensor, k: Tensor, v: Tensor, m: nn.Module) -> Tensor:
 REFUSED: dict[str, Attend] = {
     f.__name__: f
     for f in (
-        weights_returned, log_sum_exp_returned, sinks_cut_from_the_wrong_side, over_queries, shifted_by_the_key,
-        weights_transposed,
-        heads_of_weights_swapped, two_products, stopped_gradient, off_by_one, pooled_keys, not_own,
+        weights_returned, log_sum_exp_returned, sinks_of_other_scores, factor_over_queries,
+        sinks_cut_from_the_wrong_side, over_queries, shifted_by_the_key, weights_transposed, heads_of_weights_swapped,
+        two_products, stopped_gradient, off_by_one, pooled_keys, not_own,
         capped_after_the_mask, scaled_by_length, dropout_of_scores, dropout_of_weights,
     )
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("without_unsharing")
 @pytest.mark.parametrize("name", REFUSED)
 def test_lookalikes_are_refused_where_they_would_be_wrong(name: str) -> None:
     with pytest.raises(NotPackable) as caught:
@@ -321,8 +358,8 @@ def documents_by_running_count(ids: Tensor, words: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(x, x, x, attn_mask=mask[:, None])[:, 0] @ words.T
 
 
-def test_a_document_mask_of_running_counts_is_refused() -> None:
-    """A count of what came before in the row: it once was read as always 0, and the mask dropped."""
+def test_a_document_mask_of_running_counts_counts_along_each_sequence() -> None:
+    """A count of what came before: it once was read as always 0, and the mask dropped."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -332,8 +369,12 @@ def test_a_document_mask_of_running_counts_is_refused() -> None:
         def forward(self, ids: Tensor) -> Tensor:
             return documents_by_running_count(ids, self.words)
 
-    with pytest.raises(NotPackable, match="cumsum"):
-        ppcompile.wrap(Model())
+    torch.manual_seed(0)
+    model = Model()
+    batch = ppcompile.pack([ppcompile.Group([7, 5, 6, 8], [[9, 5, 4, 3], [10, 11], [5, 12]])] * 2, share="prompt")
+    packed = ppcompile.wrap(model)
+    assert not packed.compiled().graph.unshared
+    torch.testing.assert_close(packed(batch).token_logps, unpacked_logps(model, batch), rtol=0, atol=2e-5)
 
 
 def test_recognizers_only_read(captured: Any) -> None:

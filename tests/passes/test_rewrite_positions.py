@@ -79,6 +79,32 @@ def test_the_vocabulary_is_noted(captured: Any) -> None:
     assert graph.vocab_size == N
 
 
+COUNTS: dict[str, Callable[..., Tensor]] = {
+    "padding_is_skipped": lambda ids, table: F.embedding((ids != 3).int().cumsum(1).type_as(ids) * (ids != 3), table),
+    "of_truth_values": lambda ids, table: F.embedding((ids == 3).cumsum(-1), table),
+    "of_ids": lambda ids, table: F.embedding(ids.cumsum(1) % N, table),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_run_along_each_sequence(name: str, captured: Any, typed: Any) -> None:
+    """A prompt of three tokens with responses of two and one, and a prompt of its own."""
+    table = nn.Parameter(torch.randn(N, WIDTH, generator=torch.Generator().manual_seed(0)))
+    graph = captured(COUNTS[name], table=table)
+    assert rewrite_positions(graph).changed == 1
+    assert typed(graph) == Tok(1)
+    layout = {
+        "input_ids": torch.tensor([[3, 5, 3, 3, 7, 3, 3, 2]]),
+        "position_ids": torch.tensor([[0, 1, 2, 3, 4, 3, 0, 1]]),
+        "subtree_end": torch.tensor([6, 6, 6, 5, 5, 6, 8, 8]),
+    }
+    (found,) = graph.module(
+        *(graph.values.get(n.name, layout.get(n.name)) for n in graph.graph.find_nodes(op="placeholder"))
+    )
+    for slots in ([0, 1, 2, 3, 4], [0, 1, 2, 5], [6, 7]):
+        torch.testing.assert_close(found[:, slots], COUNTS[name](layout["input_ids"][:, slots], table))
+
+
 STAY: dict[str, Callable[..., Tensor]] = {
     "from_the_end": lambda ids, table: F.embedding(places(ids).flip(0), table),
     "length": lambda ids, table: F.embedding(places(ids), table) / ids.shape[1],
@@ -87,7 +113,9 @@ STAY: dict[str, Callable[..., Tensor]] = {
     "every_second_row": lambda ids, table: table[: 2 * ids.shape[1] : 2],
     "rolled": lambda ids, table: F.embedding(places(ids).roll(1), table),
     "random": lambda ids, table: F.embedding(torch.randperm(ids.shape[1]), table),
-    "count_of_words": lambda ids, table: F.embedding((ids != 3).long().cumsum(1), table),
+    "sum_of_embeddings": lambda ids, table: F.embedding(ids, table).cumsum(1),
+    "count_in_floats": lambda ids, table: (ids != 3).cumsum(1, dtype=torch.float32)[..., None] * table[0],
+    "largest_so_far": lambda ids, table: F.embedding(ids.cummax(1)[0], table),
 }
 
 
