@@ -72,13 +72,13 @@ def _needed_blocks(position: Tensor, end: Tensor, window: int, block_size: int) 
     # torch's own lists leave these out too.)
     real = torch.arange(count * block_size, device=end.device).clamp(max=length - 1)
     end_NB = end[real].view(count, block_size)
-    pos_NB = position[real].view(count, block_size)
 
     block = torch.arange(count, device=end.device)
     query, key = block[:, None], block[None, :]
     some = (key <= query) & (end_NB.amax(1)[None, :] > query * block_size)
     full = ((key + 1) * block_size - 1 <= query * block_size) & (end_NB.amin(1)[None, :] >= (query + 1) * block_size)
     if window:
+        pos_NB = position[real].view(count, block_size)
         low, high = pos_NB.amin(1), pos_NB.amax(1)
         some = some & (low[:, None] - high[None, :] < window)
         full = full & (high[:, None] - low[None, :] < window)
@@ -86,10 +86,19 @@ def _needed_blocks(position: Tensor, end: Tensor, window: int, block_size: int) 
 
 
 def _ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Dense ``[N, N]`` to counts ``[1, 1, N]`` and indices ``[1, 1, N, N]``, wanted blocks first."""
+    """Dense ``[N, N]`` to counts ``[1, 1, N]`` and indices ``[1, 1, N, N]``, wanted blocks first.
+
+    What a stable sort by "wanted" gives, without sorting: each block's place in its row follows from how many wanted
+    ones stand before it.
+    """
     wanted = dense.contiguous().to(torch.int32)  # contiguous first: a symbolic N then needs no guard on strides
-    indices = torch.argsort(wanted, dim=-1, descending=True, stable=True)
-    return wanted.sum(-1, dtype=torch.int32)[None, None], indices.to(torch.int32)[None, None].contiguous()
+    upto = wanted.cumsum(-1, dtype=torch.int32)
+    count = upto[:, -1:]
+    block = torch.arange(dense.shape[1], dtype=torch.int32, device=dense.device).expand_as(upto)
+    behind = count + block - upto  # the place of a block that is not wanted
+    place = behind + wanted * (upto - 1 - behind)
+    indices = torch.empty_like(place).scatter_(1, place.long(), block)
+    return count[:, 0][None, None].contiguous(), indices[None, None]
 
 
 @torch.library.custom_op("ppcompile::block_lists", mutates_args=())
