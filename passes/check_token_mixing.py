@@ -11,7 +11,7 @@ import dataclasses
 
 from torch import fx
 
-from .base import NotPackable, PackGraph, PassResult, Refusal, module_path, output_node
+from .base import NotPackable, PackGraph, PassResult, Refusal, is_mutable, module_path, output_node
 from .infer import infer, input_types
 from .positional import PositionalValues
 from .region import Region, enclosing_regions, prove_token_wise
@@ -39,7 +39,7 @@ def check_token_mixing(graph: PackGraph) -> PassResult:
             continue
         read = next((source for source in node.all_input_nodes if source in indices), None)
         origin, kind = indices[read] if read is not None else (node, infer(graph, node, types))
-        if isinstance(kind, Mixes) and not positional.depends_on_tokens(node):
+        if isinstance(kind, Mixes) and not positional.depends_on_tokens(node) and not is_mutable(node):
             indices[node] = origin, kind
         elif isinstance(kind, Mixes):
             region = _proved_region(graph, node, origin, kind, types)

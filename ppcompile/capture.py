@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from .capture_checks import branches_on_length, nothing_escapes
+from .early_refusals import RefuseEarly
 from .module_trail import ModuleTrail
 from .passes.base import NotPackable, PackGraph, Refusal
 from .unsharing import Watched, standing_in
@@ -78,8 +79,10 @@ class _Captured(nn.Module):
         self.__dict__["trail"] = trail
 
     def forward(self, input_ids: Tensor, segments: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
-        self.__dict__["trail"].watch(input_ids)
-        return call_model(self.model, input_ids)
+        trail: ModuleTrail = self.__dict__["trail"]
+        trail.watch(input_ids)
+        with RefuseEarly(input_ids, lambda: trail.innermost):
+            return call_model(self.model, input_ids)
 
 
 def capture(model: nn.Module, watched: Mapping[str, Watched] | None = None) -> PackGraph:

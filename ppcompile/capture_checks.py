@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
@@ -19,10 +20,11 @@ import sympy
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.utils.checkpoint import CheckpointFunction
 
 from .passes.base import NotPackable, Refusal
 
-__all__ = ["Attributes", "branches_on_length", "nothing_escapes", "python_state"]
+__all__ = ["Attributes", "branches_on_length", "model_line", "nothing_escapes", "python_state"]
 
 _LENGTHS = (*range(2, 130), *(2**n + d for n in range(8, 18) for d in (-1, 0, 1)))
 """Row lengths at which a condition is tried; it must hold at all of them to be no condition."""
@@ -164,6 +166,9 @@ def _refuse_function(reason: str) -> Callable[..., Any]:
     refuse = _refuser(reason)
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls is CheckpointFunction:  # computes without gradients, to compute again: the graph is to hold what it computes
+            function, _, *inputs = args
+            return function(*inputs)
         own = cls.__module__.startswith("torch.")  # torch's own, such as checkpointing, are known to export
         known = f"{cls.__module__}.{cls.__qualname__}" in _BACKWARD_IS_THE_DERIVATIVE
         return original(cls, *args, **kwargs) if own or known else refuse()
@@ -179,11 +184,16 @@ def _refuse_inference(reason: str) -> Callable[..., Any]:
 
 def _refuser(reason: str) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        frames = itertools.islice(_callers(), 2, 14)
-        source = next((frame for frame in frames if "/torch/" not in frame and "unittest" not in frame), "")
-        raise NotPackable(Refusal(reason, op="torch.autograd", source=source))
+        raise NotPackable(Refusal(reason, op="torch.autograd", source=model_line()))
 
     return refuse
+
+
+def model_line() -> str:
+    """``file:line`` of the innermost frame that is neither torch's nor ours: the model's own code."""
+    own = os.path.dirname(__file__)
+    foreign = (frame for frame in itertools.islice(_callers(), 24) if not frame.startswith(own))
+    return next((frame for frame in foreign if "/torch/" not in frame and "unittest" not in frame), "")
 
 
 def _callers() -> Iterator[str]:

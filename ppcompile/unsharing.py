@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .capture_checks import attributes_restored
+from .capture_checks import Attributes
 from .passes.base import NotPackable, Refusal
 from .passes.unshare import Axes, UnsharedCall
 from .runtime import ops
@@ -141,8 +141,7 @@ def _watch(
             module = model.get_submodule(path)
             stack.callback(module.register_forward_pre_hook(_note_given(calls[path]), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(_note_returned(calls[path])).remove)
-        stack.enter_context(_buffers_restored(model))
-        stack.enter_context(attributes_restored(model))
+        stack.enter_context(_left_as_found(model))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.no_grad())
         run(model, ids)
@@ -170,15 +169,23 @@ def _nest(value: Any) -> _Nest:
 
 
 @contextlib.contextmanager
-def _buffers_restored(model: nn.Module) -> Iterator[None]:
-    before = {name: (buffer, buffer.clone(), buffer._version) for name, buffer in model.named_buffers()}
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    """Put buffers and attributes back, unless the forward changed weights: then they belong to the weights of now.
+
+    (RWKV divides its weights at its first call in eval mode, and remembers that it did.)
+    """
+    buffers = [(buffer, buffer.clone(), buffer._version) for buffer in model.buffers()]
+    weights = [(parameter, parameter._version) for parameter in model.parameters()]
+    attributes = Attributes(model)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value, version in before.values():
-                if buffer._version != version:
-                    buffer.copy_(value)
+        if all(parameter._version == version for parameter, version in weights):
+            attributes.restore()
+            with torch.no_grad():
+                for buffer, value, version in buffers:
+                    if buffer._version != version:
+                        buffer.copy_(value)
 
 
 # --------------------------------------------------------------------------- understanding
