@@ -28,7 +28,7 @@ from .report import PackingReport
 
 __all__ = ["PackPlan", "PackPlans", "Packs", "packs", "plan_packs"]
 
-_MOST_ITEMS = 4096  # groups of a window: choosing among more takes longer and fills no better
+_MOST_ITEMS = 2048  # groups of a window: choosing among more takes longer and fills no better
 _MOST_UNPACKED = 8  # tokens of a window's unpacked sequences, in windows: sorting them all needs the memory
 
 

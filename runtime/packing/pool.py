@@ -188,10 +188,15 @@ class TreePool(Pool):
         edges = np.concatenate([[0], np.cumsum(counts)])
         rank = np.empty_like(rows.order)
         rank[rows.order] = np.arange(len(rank))
-        by_item = np.lexsort((rank, np.repeat(np.arange(len(items)), counts)))
+        self._owner = np.repeat(np.arange(len(items)), counts)
+        by_item = np.lexsort((rank, self._owner))
         self._starts, self._edges = edges[:-1], edges.tolist()
-        self._shared = rows.shared  # in sorted order, not item by item
         self._rank, self._lengths = rank[by_item], rows.lengths[by_item]
+        # In sorted order, not item by item: what each sequence shares with the one before it, and where it stands here.
+        self._shared, self._place = rows.shared, np.argsort(self._rank)
+        # All share a base. Where neighbours share no more than that, those before and those behind never will.
+        self._base = int(self._shared[1:].min()) if len(rank) > 1 else 0
+        self._families = np.append(np.flatnonzero(self._shared <= self._base), len(rank))
         self._position = by_item - np.repeat(self._starts, counts)
         self._here = np.ones(len(rank), dtype=bool)  # sequences that wait
         # What each sequence shares with the one before it that waits in its own item; 0 for the first.
@@ -200,17 +205,19 @@ class TreePool(Pool):
         apart = np.flatnonzero(np.diff(self._rank, prepend=0) != 1)  # sequences of others stand between
         for s in np.setdiff1d(apart, self._starts).tolist():
             self._within[s] = self._shared[self._rank[s - 1] + 1 : self._rank[s] + 1].min()
-        self.sizes = self._added_by_item(np.zeros_like(self._lengths))
+        self._known = np.zeros_like(self._lengths)  # what each sequence shares with the open pack
+        self.sizes = self._added_by_item()
         self.open()
 
     def open(self) -> None:
         """Begin a pack: no sequence shares anything with it."""
-        self._known = np.zeros_like(self._lengths)
-        self.needs = self.sizes
+        self._known.fill(0)
+        self._empty = True
+        self.needs = self.sizes.copy()
 
-    def _added_by_item(self, known: Ids) -> Ids:
-        """Tokens that each item adds where its sequences share ``known`` with the pack: int64 ``[I]``."""
-        return np.add.reduceat((self._lengths - np.maximum(known, self._within)) * self._here, self._starts)
+    def _added_by_item(self) -> Ids:
+        """Tokens that each item adds to the open pack: int64 ``[I]``."""
+        return np.add.reduceat((self._lengths - np.maximum(self._known, self._within)) * self._here, self._starts)
 
     def _waiting(self, item: int) -> Ids:
         """Where an item's sequences that wait stand in the arrays."""
@@ -226,8 +233,11 @@ class TreePool(Pool):
             overlap = np.maximum(self._known[here], self._shared_in_row(here))
         lengths = self._lengths[here]
         self._here[here] = False
+        if self._empty:
+            self._known.fill(self._base)
+            self.needs = self._added_by_item()
+            self._empty = False
         self._meet(self._rank[here])
-        self.needs = self._added_by_item(self._known)
         return Work(int((lengths - overlap).sum()), int((_triangle(lengths) - _triangle(overlap)).sum()))
 
     def _shared_in_row(self, here: Ids) -> Ids:
@@ -236,23 +246,29 @@ class TreePool(Pool):
         return np.array([0] + [int(self._shared[a + 1 : b + 1].min()) for a, b in itertools.pairwise(ranks)])
 
     def _meet(self, ranks: Ids) -> None:
-        """Let every sequence know what it shares with new ones in the pack, at these ranks, ascending."""
-        shared, best = self._shared, np.empty_like(self._shared)
+        """Let the other sequences know what they share with new ones in the pack, at these ranks, ascending."""
         low, high = int(ranks[0]), int(ranks[-1])
-        np.minimum.accumulate(shared[low:0:-1], out=best[:low][::-1])
-        best[low : high + 1] = _ALL
-        np.minimum.accumulate(shared[high + 1 :], out=best[high + 1 :])
+        first = int(self._families[np.searchsorted(self._families, low, side="right") - 1])
+        stop = int(self._families[np.searchsorted(self._families, high, side="right")])
+        shared, best = self._shared, np.empty(stop - first, np.int64)
+        np.minimum.accumulate(shared[low:first:-1], out=best[: low - first][::-1])
+        best[low - first : high - first + 1] = _ALL
+        np.minimum.accumulate(shared[high + 1 : stop], out=best[high - first + 1 :])
         for gap in np.flatnonzero(np.diff(ranks) != 1).tolist():  # sequences of others stand between
             a, b = int(ranks[gap]), int(ranks[gap + 1])
             left, right = np.minimum.accumulate(shared[a + 1 : b]), np.minimum.accumulate(shared[b : a + 1 : -1])[::-1]
-            best[a + 1 : b] = np.maximum(left, right)
-        self._known = np.maximum(self._known, np.minimum(best[self._rank], self._lengths))
+            best[a - first + 1 : b - first] = np.maximum(left, right)
+        here = self._place[first:stop]
+        before, within = self._known[here], self._within[here]
+        known = np.maximum(before, np.minimum(best, self._lengths[here]))
+        self._known[here] = known
+        spared = (np.maximum(known, within) - np.maximum(before, within)) * self._here[here]
+        np.subtract.at(self.needs, self._owner[here], spared)
 
     def _shrink(self, item: int) -> None:
         here = self._waiting(item)
         self._within[here] = self._shared_in_row(here)
-        self.needs = self._added_by_item(self._known)
-        self.sizes = self.sizes.copy()  # needs was the same array where a pack has just begun
+        self.needs[item] = (self._lengths[here] - np.maximum(self._known[here], self._within[here])).sum()
         self.sizes[item] = (self._lengths[here] - self._within[here]).sum()
 
     def parts(self, item: int, space: int) -> Iterator[Part]:
