@@ -24,7 +24,7 @@ Ids = NDArray[np.int64]
 _Choice = tuple[int, list[int] | None]
 """An item, and which of its sequences; ``None`` for all that wait."""
 
-_JITTER = 0.3  # a group counts as up to this much smaller when packs choose the largest
+_JITTER = 0.7  # a group counts as up to this much smaller when packs choose the largest
 _GRAINS = 128  # shared tokens are compared in this many steps of a budget: a few more are not worth a bad fit
 _CLOSING = 3.5  # choose the last groups by fit alone once this many of median size would fill the pack
 _WORTH = 1 / 32  # split a group where more than this share of a pack would stay empty
