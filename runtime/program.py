@@ -1,8 +1,8 @@
-"""Score and head programs: small pointwise functions written as text.
+"""Score and head programs: small functions written as text, pointwise or along one row.
 
 The compiler finds, inside a model, what happens to an attention score between the ``q . k`` product
 and the softmax, or to a hidden state between the last norm and the logits. It hands that on to the
-runtime as a *program*: one Python expression over a fixed vocabulary of pointwise ATen ops, for example
+runtime as a *program*: one Python expression over a fixed vocabulary of ATen ops, for example
 
     mul(tanh(div(s, 50.0)), 50.0)                       gemma2's attention softcap
     add(s, mul(at(c0, h), k))                           bloom's ALiBi, slopes in capture c0
@@ -150,6 +150,16 @@ OPS: dict[str, Callable[..., Any]] = {
     "linear": F.linear,
     "matmul": torch.matmul,
     "at": _at,
+    # along a row of hidden units or of words, which stays an axis:
+    "columns": lambda a, start, end: a[..., start:end],
+    "wide": lambda a, width: a.expand(*a.shape[:-1], width),
+    "log_softmax": lambda a: F.log_softmax(a, dim=-1),
+    "softmax": lambda a: F.softmax(a, dim=-1),
+    "logsumexp": lambda a: torch.logsumexp(a, dim=-1, keepdim=True),
+    "mean": lambda a: a.mean(-1, keepdim=True),
+    "sum": lambda a: a.sum(-1, keepdim=True),
+    "amax": lambda a: a.amax(-1, keepdim=True),
+    "norm": lambda a: torch.linalg.vector_norm(a, dim=-1, keepdim=True),
     **{
         name: _unary(name)
         for name in ("abs", "tanh", "sigmoid", "exp", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "relu", "erf")
