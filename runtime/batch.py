@@ -165,7 +165,7 @@ class PackedBatch:
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {k: move(v) for k, v in values.items() if isinstance(v, Tensor) and k not in _ON_HOST}
+        moved: dict[str, Any] = {k: move(v) for k, v in values.items() if isinstance(v, Tensor) and k not in _ON_HOST}
         return dataclasses.replace(self, **moved)
 
     def __len__(self) -> int:

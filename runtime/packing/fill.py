@@ -72,7 +72,7 @@ def pack_of(items: Sequence[Item], share: str) -> Pack:
     """A pack of these items, which fit."""
     pool, pack = make_pool(items, share), Pack(list(items))
     for n in range(len(items)):
-        pack.work += pool.take(n)
+        pack.work = pack.work.plus(pool.take(n))
     return pack
 
 
@@ -113,10 +113,10 @@ class _Filler:
         self.pool.open()
         pack = Pack()
         while (choice := self._choose(pack)) is not None:
-            item, positions = choice
-            positions = self.pool.left[item] if positions is None else positions
+            item, chosen = choice
+            positions = self.pool.left[item] if chosen is None else chosen
             pack.items.append(self.pool.items[item].part(positions))
-            pack.work += self.pool.take(item, positions)
+            pack.work = pack.work.plus(self.pool.take(item, positions))
         if not pack.items or pack.work.tokens > self.max_tokens:
             raise AssertionError(f"a pack of {pack.work.tokens} tokens at a budget of {self.max_tokens}")
         return pack
@@ -124,9 +124,10 @@ class _Filler:
     def _choose(self, pack: Pack) -> _Choice | None:
         """The next item of the pack, or sequences of one; ``None`` where the pack is full."""
         pool, space = self.pool, self.max_tokens - pack.work.tokens
-        beyond = np.flatnonzero(pool.waiting & (pool.sizes > self.max_tokens)) if self.split and not pack.items else ()
-        if len(beyond):
-            return self._best_part(beyond[:1], space, least_gain=-space)
+        if self.split and not pack.items:
+            beyond = np.flatnonzero(pool.waiting & (pool.sizes > self.max_tokens))
+            if len(beyond):
+                return self._best_part(beyond[:1], space, least_gain=-space)
         fits = np.flatnonzero(pool.waiting & (pool.needs <= space))
         best = self._sharing_most(fits) if len(fits) else fits
         if len(fits) and (not pack.items or space > _CLOSING * float(pool.needs[fits].mean())):

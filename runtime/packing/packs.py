@@ -218,7 +218,7 @@ def plan_packs(
         check_int(name, value, least)
     if rank >= world_size:
         raise ValueError(f"rank must be below world_size={world_size}, got {rank}")
-    if isinstance(groups, (Group, Rollout, Mapping, str)) or not isinstance(groups, Iterable):
+    if isinstance(groups, (Group, Rollout, Mapping, str)) or not (isinstance(groups, Iterable) or _indexable(groups)):
         raise TypeError(f"packs() takes an iterable of groups, got one {type(groups).__name__}; wrap it in a list")
     report = PackingReport(max_tokens)
     budget = Budget(max_tokens, share, check_policies(oversize), split_groups)
@@ -240,13 +240,17 @@ def plan_packs(
     return PackPlans(islice(mine, skip, None), report)
 
 
-def _in_order(groups: Iterable[Any], rng: np.random.Generator | None) -> Iterator[tuple[int, Any]]:
+def _in_order(groups: Any, rng: np.random.Generator | None) -> Iterator[tuple[int, Any]]:
     """Entries with their index, shuffled as a whole where they can be indexed."""
-    if rng is None or not (hasattr(groups, "__len__") and hasattr(groups, "__getitem__")):
+    if not _indexable(groups):
         yield from enumerate(groups)
         return
-    for index in rng.permutation(len(groups)).tolist():
+    for index in range(len(groups)) if rng is None else rng.permutation(len(groups)).tolist():
         yield index, groups[index]
+
+
+def _indexable(groups: Any) -> bool:
+    return hasattr(groups, "__len__") and hasattr(groups, "__getitem__")
 
 
 def _items(
@@ -255,12 +259,18 @@ def _items(
     weight: Callable[[Any], float] | None,
     report: PackingReport,
 ) -> Iterator[Item]:
-    """Entries checked, counted, and made to fit."""
+    """Entries checked, counted, and made to fit.
+
+    Raises:
+        ValueError: there are none, as from a generator that was read before.
+    """
     for index, entry in entries:
         item = entry if isinstance(entry, Item) else _item(entry, index, weight)
         report.groups += 1
         report.sequences += item.record.num_sequences
         yield from budget.fit(item, report)
+    if not report.groups:
+        raise ValueError("packs() got no groups; a generator can be read once only: make a new one for each epoch")
 
 
 def _item(entry: Any, index: int, weight: Callable[[Any], float] | None) -> Item:

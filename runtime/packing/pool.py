@@ -34,9 +34,9 @@ class Work(NamedTuple):
     tokens: int
     pairs: int
 
-    def __add__(self, other: tuple[int, ...]) -> Work:
-        tokens, pairs = other
-        return Work(self.tokens + tokens, self.pairs + pairs)
+    def plus(self, other: Work) -> Work:
+        """Both together."""
+        return Work(self.tokens + other.tokens, self.pairs + other.pairs)
 
 
 class Part(NamedTuple):
@@ -156,10 +156,9 @@ class PromptPool(Pool):
 
     def _move(self, item: int, positions: Sequence[int]) -> Work:
         prompt = len(self.items[item].record.prompt)
-        work = Work(prompt, _triangle(prompt))
-        for size in self._response_sizes(item, positions):
-            work += (size, size * prompt + _triangle(size))
-        return work
+        sizes = self._response_sizes(item, positions)
+        pairs = _triangle(prompt) + sum(size * prompt + _triangle(size) for size in sizes)
+        return Work(prompt + sum(sizes), pairs)
 
     def _shrink(self, item: int) -> None:
         self.sizes[item] = len(self.items[item].record.prompt) + sum(self._response_sizes(item, self.left[item]))

@@ -79,12 +79,20 @@ class Dealer:
         for pack in packs:
             held.append(pack)
             if len(held) >= self.at_once:
-                whole = self.world_size * self.packs_per_step
-                ready = (len(held) - self.world_size) // whole * whole
-                yield from self._deal(held[:ready])
-                held = held[ready:]
+                ready, held = self._ready(held)
+                yield from self._deal(ready)
         if held:
             yield from self._deal(self._whole_rows(held))
+
+    def _ready(self, held: list[Pack]) -> tuple[list[Pack], list[Pack]]:
+        """Packs of whole steps, and what is held back for the end: a row at least, that can be divided furthest."""
+        by_groups = sorted(range(len(held)), key=lambda n: -len(held[n].items))
+        kept = set(by_groups[: self.world_size] if self.world_size > 1 else ())
+        whole = self.world_size * self.packs_per_step
+        ready = [n for n in range(len(held)) if n not in kept]
+        ready = ready[: len(ready) // whole * whole]
+        dealt = set(ready)
+        return [held[n] for n in ready], [pack for n, pack in enumerate(held) if n not in dealt]
 
     def _whole_rows(self, packs: list[Pack]) -> list[Pack]:
         """The packs, the dearest of them divided until their number is a multiple of the ranks."""
