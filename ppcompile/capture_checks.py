@@ -166,7 +166,8 @@ def _refuse_function(reason: str) -> Callable[..., Any]:
     refuse = _refuser(reason)
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if cls is CheckpointFunction:  # computes without gradients, to compute again: the graph is to hold what it computes
+        if cls is CheckpointFunction:
+            # It computes without gradients, to compute again later; the graph is to hold what it computes.
             function, _, *inputs = args
             return function(*inputs)
         own = cls.__module__.startswith("torch.")  # torch's own, such as checkpointing, are known to export

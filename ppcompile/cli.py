@@ -55,6 +55,9 @@ def inspect(
         raise typer.BadParameter(str(wrong), param_hint="--backend") from None
     console.print(report.passes_table(compiled))
     console.print(report.sites_table(compiled.graph.sites))
+    if compiled.graph.unshared:
+        console.print(report.unshared_table(compiled))
+        console.print(report.unshared_note(loaded, compiled))
     console.print(report.summary(compiled))
     if dump is not None:
         console.print(f"{len(report.dump(compiled, dump))} stages in {dump}")

@@ -7,6 +7,7 @@ graphs take the state as inputs, read afresh at each call.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,12 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from .capture_checks import python_state
-from .passes.base import ROW_INPUTS
+from .layers import CHECKPOINT, COMPILE, Runner
+from .passes.base import LAYOUT_INPUTS, ROW_INPUTS
 from .pipeline import Compiled, compile_model
 from .runtime.batch import PackedBatch
 from .runtime.rows import unpacked_rows
+from .sharding import MARKS, Sharding, user_hooks
 
 __all__ = ["PackedModel", "PackedOutput", "wrap"]
+
+
+_SHARED = (
+    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+"""What makes one module out of two faces: the tensors, and what happens when they are saved and loaded."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +49,38 @@ class PackedOutput:
     lengths: Tensor
 
 
-def wrap(model: nn.Module, *, backend: str = "auto", compile: bool = False) -> PackedModel:  # noqa: A002 - torch's word
+torch.export.register_dataclass(PackedOutput, serialized_type_name="ppcompile.PackedOutput")  # hooks look into it
+
+
+def wrap(
+    model: nn.Module,
+    *,
+    backend: str = "auto",
+    compile: bool | str = False,  # noqa: A002 - torch's word
+    checkpoint: str | None = None,
+) -> PackedModel:
     """Make ``model`` take preference-packed batches.
 
     Args:
         model: maps token ids ``[1, L]`` to logits ``[1, L, V]`` (a tensor, ``.logits``, or the first of a tuple).
             Its parameters stay its own: training the result trains the model.
         backend: attention backend: ``"auto"`` (the best of the device), ``"cascade"``, ``"flex"``, ``"reference"``.
-        compile: run the packed graph through ``torch.compile``: one artifact for all lengths, made at the first
-            forward. Without it FlexAttention alone is compiled.
+        compile: run the packed graph through ``torch.compile``, for all lengths, at the first forward: ``True`` the
+            whole graph as one artifact, ``"layer"`` one artifact for each kind of layer, which is made sooner, and the
+            way to compile a sharded model. Without it FlexAttention alone is compiled.
+        checkpoint: ``"layer"`` keeps what enters each layer for the backward and computes the rest again. Without it
+            the model's own setting holds (``model.gradient_checkpointing_enable()``).
 
     Returns:
         A module that takes ``ppcompile.pack(...)`` and returns a :class:`PackedOutput`.
 
     Raises:
+        TypeError: ``model`` is wrapped for several ranks already; that goes around the packed model.
+        ValueError: an option that is unknown, or that the model has no layers for.
         NotPackable: the model mixes tokens in a way that packing would change, or that cannot be proved safe;
             names the module, the operator and the source line.
     """
-    packed = PackedModel(model, backend=backend, compile=compile)
+    packed = PackedModel(model, backend=backend, compile=compile, checkpoint=checkpoint)
     packed.compiled()  # refuse now, not at the first step
     return packed
 
@@ -64,15 +88,24 @@ def wrap(model: nn.Module, *, backend: str = "auto", compile: bool = False) -> P
 class PackedModel(nn.Module):
     """See :func:`wrap`."""
 
-    def __init__(self, model: nn.Module, *, backend: str = "auto", compile: bool = False) -> None:  # noqa: A002
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        backend: str = "auto",
+        compile: bool | str = False,  # noqa: A002
+        checkpoint: str | None = None,
+    ) -> None:
         super().__init__()
+        _check_options(model, compile, checkpoint)
         own = self.__dict__
         own["_model"] = model
-        for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        for shared in _SHARED:
             own[shared] = getattr(model, shared)
         own["training"] = model.training
-        self._backend, self._compile = backend, compile
-        self._compiled: dict[Hashable, Compiled] = {}
+        self._options = {"backend": backend, "compile": compile, "checkpoint": checkpoint}
+        self._compiled: dict[Hashable, tuple[Compiled, Runner]] = {}
+        self._buffers_seen = _Contents()
 
     # ------------------------------------------------------------------ a second face of the model
 
@@ -98,21 +131,25 @@ class PackedModel(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles carry the model; graphs are made again where they are needed."""
-        return _rebuilt, (self.unwrapped, self._backend, self._compile)
+        return _rebuilt, (self.unwrapped, self._options)
 
     def extra_repr(self) -> str:
         """Whose second face this is."""
-        return f"packed {type(self.unwrapped).__name__}, backend={self._backend}"
+        return f"packed {type(self.unwrapped).__name__}, {', '.join(f'{name}={value!r}' for name, value in self._options.items())}"
 
     # ------------------------------------------------------------------ graphs
 
     def compiled(self) -> Compiled:
         """The packed graph for the model's present mode, dtype and device; compiled when first needed."""
-        key = _fingerprint(self.unwrapped)
+        compiled, _ = self._ready(Sharding(self.unwrapped, self))
+        return compiled
+
+    def _ready(self, sharding: Sharding) -> tuple[Compiled, Runner]:
+        key = self._fingerprint(sharding)
         if key not in self._compiled:
-            self._compiled[key] = compile_model(self.unwrapped, backend=self._backend)
-            if self._compile:
-                self._compiled[key].run = torch.compile(self._compiled[key].run, dynamic=True, fullgraph=True)
+            backend, options = self._options["backend"], {k: self._options[k] for k in ("checkpoint", "compile")}
+            compiled = compile_model(self.unwrapped, backend=backend, sharding=sharding)
+            self._compiled[key] = compiled, Runner(compiled.graph, self.unwrapped, **options)
         return self._compiled[key]
 
     def forward(self, batch: PackedBatch | None = None, **padded: Any) -> PackedOutput:
@@ -123,58 +160,79 @@ class PackedModel(nn.Module):
         """
         if padded or not isinstance(batch, PackedBatch):
             raise TypeError(_not_a_pack(batch, padded))
-        compiled = self.compiled()
+        sharding = Sharding(self.unwrapped, self)
+        compiled, run = self._ready(sharding)
         _check_batch(batch, compiled)
-        (unique,) = compiled.run(*self._inputs(compiled, batch))
-        token_logps = unique.index_select(0, batch.scored_index)
+        layout = {name: getattr(batch, name) for name in LAYOUT_INPUTS}
+        if compiled.graph.unshared:
+            layout |= zip(ROW_INPUTS, unpacked_rows(batch.segments, batch.position_ids), strict=True)
+        token_logps = run(layout, sharding).index_select(0, batch.scored_index)
         sums = token_logps.new_zeros(batch.lengths.numel()).index_add(0, batch.response_index, token_logps)
         return PackedOutput(sums, token_logps, batch.lengths)
 
-    def _inputs(self, compiled: Compiled, batch: PackedBatch) -> list[Tensor]:
-        """The graph's inputs in order: the model's state as it is now, then the layout."""
-        graph, inputs = compiled.graph, []
-        rows = unpacked_rows(batch.segments, batch.position_ids) if graph.unshared else ()
-        layout = dict(zip(ROW_INPUTS, rows, strict=False))
-        for node in graph.graph.find_nodes(op="placeholder"):
-            if node.name in graph.state:
-                inputs.append(_state(self.unwrapped, graph.state[node.name]))
-            elif node.name in graph.constants:
-                inputs.append(graph.constants[node.name])
-            else:
-                inputs.append(layout[node.name] if node.name in layout else getattr(batch, node.name))
-        return inputs
+    def _fingerprint(self, sharding: Sharding) -> Hashable:
+        """All that a captured graph depends on besides the parameters' values, as far as it can be seen from outside.
+
+        Buffers by content too: masks and tables in them were read when the graph was made.
+        """
+        model = self.unwrapped
+        modules = tuple(
+            (id(m), m.training, _adapters(m), *user_hooks(m), len(m._backward_hooks)) for m in model.modules()
+        )
+        parameters = tuple((name, sharding.dtype(name, p), p.device) for name, p in model.named_parameters())
+        buffers = tuple((name, b.dtype, b.device, self._buffers_seen.number(name, b)) for name, b in model.named_buffers())
+        attributes = (item for item in python_state(model).items() if not item[0].endswith(MARKS))
+        settings = (repr(vars(getattr(model, "config", None) or _NO_CONFIG)), *attributes)
+        return modules, parameters, buffers, settings, sharding.casts
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+class _Contents:
+    """Numbers what stands in tensors, so that a change is noticed and writing the same values again is none.
+
+    ``DistributedDataParallel`` copies the first rank's buffers over everybody's, at each forward.
+    """
+
+    def __init__(self) -> None:
+        self._latest: dict[str, tuple[Hashable, Tensor, int]] = {}
+        self._count = itertools.count()
+
+    def number(self, name: str, tensor: Tensor) -> int:
+        """Another one than last time if the tensor of this name holds something else."""
+        place = (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        if name in self._latest:
+            seen, content, number = self._latest[name]
+            if seen == place:
+                return number
+            if content.device == tensor.device and _equal(content, tensor):
+                self._latest[name] = place, content, number
+                return number
+        self._latest[name] = place, tensor.detach().clone(), next(self._count)
+        return self._latest[name][-1]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, shape and dtype included; nothing is known of tensors without data."""
+    if a.device.type == "meta" or (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.dim() else torch.equal(a, b)
 
 
 _NO_CONFIG = SimpleNamespace()
 
 
-def _rebuilt(model: nn.Module, backend: str, compiled: bool) -> PackedModel:
-    return PackedModel(model, backend=backend, compile=compiled)
+def _rebuilt(model: nn.Module, options: dict[str, Any]) -> PackedModel:
+    return PackedModel(model, **options)
 
 
-def _state(model: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(owner), leaf)
-    return tensor
-
-
-def _fingerprint(model: nn.Module) -> Hashable:
-    """All that a captured graph depends on besides the parameters' values, as far as it can be seen from outside.
-
-    Buffers by version too: masks and tables in them were read when the graph was made.
-    """
-    modules = tuple(
-        (id(m), m.training, _adapters(m), *map(len, (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)))
-        for m in model.modules()
-    )
-    parameters = tuple((name, p.dtype, p.device) for name, p in model.named_parameters())
-    buffers = tuple((name, b.dtype, b.device, b.data_ptr(), _version(b)) for name, b in model.named_buffers())
-    settings = (repr(vars(getattr(model, "config", None) or _NO_CONFIG)), *python_state(model).items())
-    return modules, parameters, buffers, settings
+def _check_options(model: nn.Module, compile: bool | str, checkpoint: str | None) -> None:  # noqa: A002
+    for name, value, accepted in (("compile", compile, COMPILE), ("checkpoint", checkpoint, CHECKPOINT)):
+        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in accepted):
+            raise ValueError(f"unknown {name}={value!r}; accepted: {', '.join(map(repr, accepted))}")
+    around = type(model).__name__
+    if around in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
+        raise TypeError(
+            f"ppcompile.wrap got a {around}; wrap the model first, and {around} goes around: {around}(ppcompile.wrap(model))"
+        )
 
 
 def _adapters(module: nn.Module) -> Hashable:

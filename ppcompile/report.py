@@ -11,12 +11,23 @@ from pathlib import Path
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from .passes.base import Refusal
 from .passes.site import Site
 from .pipeline import Compiled, Stage
 
-__all__ = ["dump", "passes_table", "refusal_panel", "sites_table", "stage_diff", "summary"]
+__all__ = [
+    "dump",
+    "passes_table",
+    "refusal_panel",
+    "shared_weights",
+    "sites_table",
+    "stage_diff",
+    "summary",
+    "unshared_note",
+    "unshared_table",
+]
 
 
 def summary(compiled: Compiled) -> str:
@@ -58,8 +69,50 @@ def sites_table(sites: Sequence[Site]) -> Table:
         first = run[0]
         heads = f"{first.heads}" if first.key_heads == first.heads else f"{first.heads} q, {first.key_heads} kv"
         score = first.meaning.score_class + (", sinks" if first.sinks is not None else "")
-        table.add_row(_paths(run), heads, first.meaning.mask_class, Text(score), first.backend, first.why)
+        table.add_row(
+            _in_ranges([site.module for site in run]),
+            heads,
+            first.meaning.mask_class,
+            Text(score),
+            first.backend,
+            first.why,
+        )
     return table
+
+
+def unshared_table(compiled: Compiled) -> Table:
+    """One row for each kind of module that runs on unpacked rows."""
+    table = Table(title="modules on unpacked rows (nothing is shared in them)")
+    for column in ("modules", "class", "causality", "why"):
+        table.add_column(column, overflow="fold")
+    kinds: dict[tuple[str, str, bool], list[str]] = {}
+    for call in compiled.graph.unshared.values():
+        kind = type(call.module.wrapped).__name__
+        kinds.setdefault((kind, call.why, call.proved), []).append(call.path)
+    for (kind, why, proved), paths in kinds.items():
+        proof = "proved by perturbation" if proved else "to be proved with weights"
+        table.add_row(_in_ranges(list(dict.fromkeys(paths))), kind, proof, Text(why))
+    return table
+
+
+def shared_weights(model: nn.Module, compiled: Compiled) -> float:
+    """Share of the weights outside embeddings that work on packed slots, where a prompt counts once."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    unshared = {id(p) for call in compiled.graph.unshared.values() for p in call.module.wrapped.parameters()}
+    sizes = {id(p): p.numel() for p in model.parameters() if id(p) not in embeddings}
+    total = sum(sizes.values())
+    return 1.0 - sum(n for p, n in sizes.items() if p in unshared) / total if total else 1.0
+
+
+def unshared_note(model: nn.Module, compiled: Compiled) -> str:
+    """One sentence for logs; empty where everything is shared."""
+    paths = list(dict.fromkeys(call.path for call in compiled.graph.unshared.values()))
+    if not paths:
+        return ""
+    return (
+        f"{len(paths)} modules run on unpacked rows and share nothing ({_in_ranges(paths)}); "
+        f"{shared_weights(model, compiled):.0%} of the weights outside embeddings see every prompt once"
+    )
 
 
 def _runs(sites: Sequence[Site]) -> Iterator[list[Site]]:
@@ -71,17 +124,17 @@ def _runs(sites: Sequence[Site]) -> Iterator[list[Site]]:
     return iter(groups.values())
 
 
-def _paths(run: Sequence[Site]) -> str:
+def _in_ranges(paths: Sequence[str]) -> str:
     """``model.layers.{0-3,5}.self_attn``."""
-    if len(run) == 1:
-        return run[0].module or "(the model itself)"
-    numbers = [[int(n) for n in re.findall(r"\d+", site.module)] for site in run]
+    if len(paths) == 1:
+        return paths[0] or "(the model itself)"
+    numbers = [[int(n) for n in re.findall(r"\d+", path)] for path in paths]
     varying = [n for n, column in enumerate(zip(*numbers, strict=False)) if len(set(column)) > 1]
-    if len(varying) != 1:
-        return ", ".join(site.module for site in run)
+    if len(varying) != 1 or len({re.sub(r"\d+", "*", path) for path in paths}) > 1:
+        return ", ".join(paths)
     place = itertools.count()
     layers = _ranges([row[varying[0]] for row in numbers])
-    return re.sub(r"\d+", lambda m: "{" + layers + "}" if next(place) == varying[0] else m.group(), run[0].module)
+    return re.sub(r"\d+", lambda m: "{" + layers + "}" if next(place) == varying[0] else m.group(), paths[0])
 
 
 def _ranges(numbers: Sequence[int]) -> str:

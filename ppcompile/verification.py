@@ -4,7 +4,7 @@ The second net under the token-mixing proof. Four questions, each answered by ru
 
     forward       are the log-probabilities of every response token the same?
     gradients     is the gradient of every parameter the same, for random weights on those log-probabilities?
-    independence  does changing one response leave every other response's log-probabilities as they were?
+    independence  does changing one segment leave everything outside its descendants as it was?
     spread        how far apart are two *unpacked* batchings of the same model? In low precision that is the yardstick,
                   and the model in float32 counts as one of them.
 
@@ -59,7 +59,7 @@ class Report:
         gradient: largest relative difference of a parameter's gradient; ``None`` if not asked for.
         gradient_limit: what was accepted.
         worst_parameter: where ``gradient`` was found.
-        independence: largest change of a response's log-probabilities when another response changed.
+        independence: largest change of a log-probability when a segment that is none of its ancestors changed.
         spread: largest difference between two unpacked batchings, in nats.
         tokens: response tokens compared.
         sites: attention sites of the packed graph.
@@ -90,7 +90,7 @@ class Report:
             f"{verdict}: {self.tokens} tokens, {self.sites} sites\n"
             f"  forward       {self.forward:.1e} nats (limit {self.forward_limit:.1e})\n"
             f"  gradients     {gradient}\n"
-            f"  independence  {self.independence:.1e} nats when another response changes\n"
+            f"  independence  {self.independence:.1e} nats when a segment elsewhere changes\n"
             f"  spread        {self.spread:.1e} nats between two unpacked batchings"
         )
 
@@ -254,22 +254,27 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _independence(packed: PackedModel, batch: PackedBatch, before: Tensor) -> float:
-    """Change the tokens of each leaf segment in turn; responses that do not pass through it must not move."""
+    """The perturbation probe: change the tokens of each segment in turn; nothing outside its descendants may move."""
     vocabulary = packed.compiled().graph.vocab_size or 32
-    slots = batch.sequence_slots()
+    slots = _scored_slots(batch)
     worst = 0.0
     for start, end, subtree, _ in batch.segments.tolist():
-        if subtree != end or start >= batch.num_tokens:
+        elsewhere = (slots < start) | (slots >= subtree)
+        if start >= batch.num_tokens or not elsewhere.any():
             continue
         changed = batch.input_ids.clone()
         changed[0, start:end] = (changed[0, start:end] + 1) % vocabulary
         with torch.no_grad():
             after = packed(dataclasses.replace(batch, input_ids=changed)).token_logps
-        elsewhere = torch.tensor([not ((s >= start) & (s < end)).any() for s in slots], device=before.device)
-        untouched = elsewhere[batch.response_index]
-        if untouched.any():
-            worst = max(worst, (after - before)[untouched].abs().max().item())
+        worst = max(worst, (after - before)[elsewhere].abs().max().item())
     return worst
+
+
+def _scored_slots(batch: PackedBatch) -> Tensor:
+    """int64 ``[M]``, the slot of each scored token."""
+    positions = batch.scored_positions.cpu().split(batch.lengths.tolist())
+    of_sequence = [torch.as_tensor(slots)[at] for slots, at in zip(batch.sequence_slots(), positions, strict=True)]
+    return torch.cat(of_sequence).to(batch.device)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import torch
 import zoo
 
 import ppcompile
+from ppcompile import verification
 from ppcompile.verification import Mismatch, example_batch
 
 
@@ -71,3 +72,18 @@ def test_not_a_number_is_a_mismatch(packed: ppcompile.PackedModel) -> None:
     assert not dataclasses.replace(report, forward=float("nan")).ok
     assert not dataclasses.replace(report, gradient=float("nan")).ok
     assert not dataclasses.replace(report, independence=float("nan")).ok
+
+
+def test_wrap_verifies_on_request() -> None:
+    model = zoo.EXACT["plain_fused"]()
+    assert ppcompile.wrap(model, verify=True).compiled().graph.sites
+
+
+def test_the_probe_sees_a_leak_between_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packed model whose second response sees the first one: the probe alone must notice."""
+    packed = ppcompile.wrap(zoo.EXACT["plain_fused"](), backend="reference")
+    batch = ppcompile.pack([ppcompile.Group([1, 2, 3], [[4, 5], [6, 7]])])
+    assert verification._independence(packed, batch, packed(batch).token_logps.detach()) == 0.0
+    forward, everything = packed.forward, torch.full_like(batch.subtree_end, batch.num_slots)
+    monkeypatch.setattr(packed, "forward", lambda b: forward(dataclasses.replace(b, subtree_end=everything)))
+    assert verification._independence(packed, batch, packed(batch).token_logps.detach()) > 1e-3
