@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .data.loader import PackedDataLoader as PackedDataLoader
     from .packed_model import PackedModel as PackedModel
     from .packed_model import PackedOutput as PackedOutput
     from .packed_model import wrap as wrap
@@ -40,6 +41,7 @@ _HOMES = {
     "NotPackable": "passes.base",
     "PackPlan": "runtime.packing.packs",
     "PackedBatch": "runtime.batch",
+    "PackedDataLoader": "data.loader",
     "PackedModel": "packed_model",
     "PackedOutput": "packed_model",
     "PackingReport": "runtime.packing.report",

@@ -5,7 +5,8 @@
     tokens = tokenize(data[0], tokenizer)             # .prompt ids, .responses ids, .pairs
     batch = ppcompile.pack([tokens.entry])            # a Group, or Rollouts where not all of a response is scored
 
-Accepted spellings are listed in :mod:`ppcompile.data.records`.
+Accepted spellings are listed in :mod:`ppcompile.data.records`. ``ppcompile.PackedDataLoader`` does all of this and
+packs; :class:`TokenizedDataset`, :class:`PackBatchSampler` and :class:`PackCollator` are for a ``DataLoader`` of one's own.
 
 **Pairs.** ``(winner, loser)`` indices into the responses. With scores, the best response wins against each strictly
 worse one (the first of several equally good ones is taken): N responses give at most N - 1 pairs, so that a group
@@ -19,16 +20,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
-from ppcompile.data.records import BadRecord, OneSchema, Preference, Prompt, preference_from
+from ppcompile.data.batches import PackCollator, PreferenceBatch
+from ppcompile.data.records import (
+    ON_BAD,
+    UNSCORED,
+    BadRecord,
+    OneSchema,
+    Preference,
+    Prompt,
+    one_of,
+    preference_from,
+)
+from ppcompile.data.sampler import PackBatchSampler
 from ppcompile.data.sources import Source, raw_records
+from ppcompile.data.tokenized import TokenizedDataset
 from ppcompile.data.tokens import RecordTokenizer, TokenizedPreference, tokenize
 
 __all__ = [
     "BadRecord",
+    "PackBatchSampler",
+    "PackCollator",
     "Preference",
+    "PreferenceBatch",
     "Preferences",
     "Prompt",
     "RecordTokenizer",
+    "TokenizedDataset",
     "TokenizedPreference",
     "read_preferences",
     "tokenize",
@@ -98,8 +115,8 @@ def read_preferences(
         ImportError: ``datasets`` is needed and not installed.
         ValueError: an unknown ``on_bad`` or ``unscored``, a ``limit`` below one, or a ``split`` that is not there.
     """
-    _one_of("on_bad", on_bad, ("error", "skip"))
-    _one_of("unscored", unscored, ("undecided", "best-first"))
+    one_of("on_bad", on_bad, ON_BAD)
+    one_of("unscored", unscored, UNSCORED)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, or None for all records; got {limit}")
     records: list[Preference] = []
@@ -115,8 +132,3 @@ def read_preferences(
                 raise
             skipped.append(bad)
     return Preferences(tuple(records), tuple(skipped))
-
-
-def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name}={value!r} is not accepted; take one of {', '.join(map(repr, accepted))}")

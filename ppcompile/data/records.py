@@ -24,7 +24,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ppcompile.data.messages import Message, Reason, Response, as_list, as_messages, as_text, as_tools, shared_messages
 
@@ -34,6 +34,24 @@ Prompt = str | list[Message]
 Pairs = tuple[tuple[int, int], ...]
 Columns = Mapping[str, Any]
 Content = tuple[Prompt, list[Response]]
+
+
+ON_BAD = ("error", "skip")
+"""What a bad record does: it stops the run, or it is left out and counted."""
+
+UNSCORED = ("undecided", "best-first")
+"""What responses without scores mean: no preference, or listed with the best one first."""
+
+
+def one_of(name: str, value: str, accepted: tuple[str, ...]) -> str:
+    """``value``, if it is one of those that an option takes.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value not in accepted:
+        raise ValueError(f"{name}={value!r} is not accepted; take one of {', '.join(map(repr, accepted))}")
+    return value
 
 
 class BadRecord(ValueError):
@@ -73,6 +91,11 @@ class Preference:
     spelling: str = field(default="", compare=False)
 
     @property
+    def comparable(self) -> bool:
+        """Whether one response could be preferred to another: a single conversation or completion has no other."""
+        return self.spelling not in (COMPLETION, MESSAGES)
+
+    @property
     def schema(self) -> str:
         """Spelling, and whether the record is text or a conversation: one for all records of a data set."""
         return f"{self.spelling} of {'text' if isinstance(self.prompt, str) else 'messages'}"
@@ -102,20 +125,27 @@ def preference_from(raw: Any, where: str, unscored: str) -> Preference:
         raise BadRecord(where, str(reason)) from None
     if spelling == PAIR:
         pairs: Pairs = ((0, 1),) if responses[0] != responses[1] else ()
-    elif scores is None and unscored == "best-first":
-        pairs = _best_first(range(len(responses), 0, -1))
     else:
-        pairs = _best_first(scores or ())
+        pairs = pairs_of_scores(scores, len(responses), unscored)
     return Preference(prompt, tuple(responses), pairs, where, scores, tools, spelling)
+
+
+class Spelled(Protocol):
+    """A record that says how it was spelled, and where it stands."""
+
+    @property
+    def schema(self) -> str: ...
+    @property
+    def where(self) -> str: ...
 
 
 class OneSchema:
     """Holds all records of a data set to the schema of the first: a mixture is two data sets, or a mistake."""
 
     def __init__(self) -> None:
-        self._first: Preference | None = None
+        self._first: Spelled | None = None
 
-    def check(self, record: Preference) -> None:
+    def check(self, record: Spelled) -> None:
         """Refuse a record that reads otherwise than the first one.
 
         Raises:
@@ -322,9 +352,18 @@ def _scores(columns: Columns, spelling: str, count: int) -> tuple[float, ...] | 
         if not isinstance(columns["label"], bool):
             raise Reason(f"'label' must be true (wanted) or false, got {columns['label']!r}")
         return (float(columns["label"]),)
-    if spelling not in (RESPONSES, ROLLOUTS) or "scores" not in columns:
+    return read_scores(columns.get("scores"), count) if spelling in (RESPONSES, ROLLOUTS) else None
+
+
+def read_scores(value: Any, count: int) -> tuple[float, ...] | None:
+    """A column of finite numbers, one for each response; ``None`` where there is none.
+
+    Raises:
+        Reason: it is something else.
+    """
+    if value is None:
         return None
-    scores = as_list(columns["scores"], "scores")
+    scores = as_list(value, "scores")
     if len(scores) != count:
         raise Reason(f"{count} responses but {len(scores)} scores")
     for n, score in enumerate(scores):
@@ -333,9 +372,11 @@ def _scores(columns: Columns, spelling: str, count: int) -> tuple[float, ...] | 
     return tuple(map(float, scores))
 
 
-def _best_first(scores: Sequence[float]) -> Pairs:
+def pairs_of_scores(scores: Sequence[float] | None, count: int, unscored: str) -> Pairs:
     """The best response (the first of several equally good ones) wins against each strictly worse one."""
-    if not scores:
-        return ()
+    if scores is None:
+        if unscored != "best-first":
+            return ()
+        scores = range(count, 0, -1)
     best = max(range(len(scores)), key=scores.__getitem__)
     return tuple((best, n) for n in range(len(scores)) if scores[n] < scores[best])

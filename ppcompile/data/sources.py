@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from ppcompile.data.records import parse_json
 
-__all__ = ["Source", "raw_records"]
+__all__ = ["Located", "Source", "raw_records", "record_at"]
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 Located = tuple[str, Any]
@@ -27,7 +27,7 @@ def raw_records(source: Source, split: str | None) -> Iterator[Located]:
     """
     if not isinstance(source, (str, Path)):
         _refuse_split("an iterable of records", split)
-        if type(source).__module__.startswith("datasets."):
+        if _is_table(source):
             return _rows_of_table("row", source)
         return ((f"record {number}", raw) for number, raw in enumerate(source, start=1))
     path = Path(source)
@@ -38,6 +38,17 @@ def raw_records(source: Source, split: str | None) -> Iterator[Located]:
     if not path.exists() and (suffix in TEXT_FILES or suffix in TABLE_FILES or str(source).startswith((".", "/"))):
         raise FileNotFoundError(f"no preference data at {source} (looked in {Path.cwd()})")
     return _dataset_rows(str(source), split)
+
+
+def record_at(source: Any, index: int) -> Located:
+    """One raw row of a list or a table, located as :func:`raw_records` does."""
+    if _is_table(source):
+        return f"row {index + 1}", without_nulls(source[index])
+    return f"record {index + 1}", source[index]
+
+
+def _is_table(source: Any) -> bool:
+    return type(source).__module__.startswith("datasets.")
 
 
 def _refuse_split(what: str, split: str | None) -> None:
@@ -87,7 +98,9 @@ def without_nulls(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list) and isinstance(next((v for v in value if v is not None), None), (Mapping, list)):
+        return [without_nulls(item) for item in value]
+    return value  # a list of plain values, such as token ids, too
 
 
 def _dataset_rows(name: str, split: str | None) -> Iterator[Located]:

@@ -1,0 +1,131 @@
+"""Packs as lists of indices, for a ``DataLoader`` of your own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch.utils.data import Sampler
+
+from ppcompile.data.plans import Packing, Position, numbered, rank_and_world
+from ppcompile.data.tokenized import TokenizedDataset
+from ppcompile.runtime.batch import StepTotals
+from ppcompile.runtime.packing.cost import CostModel
+
+__all__ = ["PackBatchSampler"]
+
+
+class PackBatchSampler(Sampler[list[int]]):
+    """Which samples of a :class:`TokenizedDataset` go into a pack together: the ``batch_sampler`` of a ``DataLoader``.
+
+        samples = TokenizedDataset(dataset, tokenizer)
+        sampler = PackBatchSampler(samples, max_tokens=16384)
+        loader = DataLoader(samples, batch_sampler=sampler, collate_fn=PackCollator(), num_workers=2)
+
+    In ``torchdata``'s ``StatefulDataLoader`` the place in the epoch is part of the loader's state. Samples are taken
+    whole: a record beyond the budget is an error or left out; cut long records with ``RecordTokenizer``'s limits, or
+    use :class:`PackedDataLoader`, which also splits them.
+
+    Attributes:
+        samples: the data set.
+        packing: what decides the packs.
+        epoch: draws other packs from the same data, see :meth:`set_epoch`.
+    """
+
+    def __init__(
+        self,
+        samples: TokenizedDataset,
+        *,
+        max_tokens: int = 16384,
+        share: str = "prompt",
+        seed: int = 0,
+        shuffle: bool = True,
+        sort: bool = False,
+        oversize: str = "error",
+        window: int = 64,
+        packs_per_step: int = 1,
+        cost: CostModel | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        """Arguments are those of ``ppcompile.packs``; ranks default to those of ``torch.distributed``.
+
+        Raises:
+            TypeError: ``samples`` is something else, such as records that have no lengths yet.
+            ValueError: an option that is not accepted.
+        """
+        if not isinstance(samples, TokenizedDataset):
+            raise TypeError(
+                f"samples must be a TokenizedDataset, got {type(samples).__name__}. "
+                "Try: TokenizedDataset(dataset, tokenizer)"
+            )
+        if oversize not in ("error", "drop"):
+            raise ValueError(
+                f"oversize={oversize!r} is not accepted; an index stands for a whole record: 'error', 'drop'"
+            )
+        rank, world_size = rank_and_world(rank, world_size)
+        self.samples = samples
+        self.packing = Packing(
+            max_tokens=max_tokens,
+            share=share,
+            seed=seed,
+            shuffle=shuffle,
+            sort=sort,
+            oversize=oversize,
+            split_groups=False,
+            window=window,
+            packs_per_step=packs_per_step,
+            cost=cost,
+            rank=rank,
+            world_size=world_size,
+        )
+        self.packing.plans([], 0)  # refuse options now, not at the first batch
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch the next iteration is."""
+        self.epoch = epoch
+
+    def __iter__(self) -> PackIndices:
+        return PackIndices(self, self.epoch)
+
+    def __len__(self) -> int:
+        return self.packing.count(self._by_place(), self.epoch)
+
+    def totals(self) -> list[StepTotals]:
+        """For each pack of the epoch, the totals of the optimizer step it belongs to, over all ranks."""
+        return [plan.step for plan in self.packing.plans(self._by_place(), self.epoch)]
+
+    def _by_place(self) -> Sequence[Any]:
+        return [replace(sample, index=place) for place, sample in enumerate(self.samples.samples)]
+
+
+class PackIndices(Iterator[list[int]]):
+    """One epoch of a :class:`PackBatchSampler`, with the state that ``torchdata`` asks an iterator for."""
+
+    def __init__(self, sampler: PackBatchSampler, epoch: int) -> None:
+        self._sampler = sampler
+        self._begin(epoch, Position())
+
+    def _begin(self, epoch: int, position: Position) -> None:
+        self._epoch, self._position = epoch, position
+        plans = self._sampler.packing.plans(self._sampler._by_place(), epoch)
+        self._plans = numbered(plans, position)
+
+    def __next__(self) -> list[int]:
+        plan, self._position = next(self._plans)
+        return plan.group_index
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the epoch has come."""
+        return {"epoch": self._epoch, **self._position._asdict(), "settings": self._sampler.packing.settings()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue behind the packs that a state counts.
+
+        Raises:
+            ValueError: other settings than those of the state; when packs are drawn, other data.
+        """
+        self._sampler.packing.check(state["settings"])
+        self._begin(state["epoch"], Position(state["packs"], state["digest"]))
