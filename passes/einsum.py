@@ -26,20 +26,19 @@ _ROW, _COLUMN, _MERGED = "<", ">", "."
 
 
 def write_out_einsums(graph: PackGraph) -> int:
-    """Replace every ``aten.einsum`` of one or two tensors without repeated letters; returns how many were."""
+    """Replace every ``aten.einsum`` in which no tensor repeats a letter; returns how many were."""
     changed = 0
     for node in list(graph.graph.nodes):
         if not is_op(node, "aten.einsum"):
             continue
         tensors = argument(node, "tensors")
         *inputs, result = _letters(argument(node, "equation"), [len(shape_of(tensor)) for tensor in tensors])
-        if len(tensors) > 2 or any(len(set(letters)) != len(letters) for letters in inputs):
+        if any(len(set(letters)) != len(letters) for letters in inputs) or not _same_sizes(tensors, inputs):
             continue  # the token-mixing check has no rule for it
-        if not _same_sizes(tensors, inputs):
-            continue
         with graph.graph.inserting_before(node):
-            terms = [_Term(graph, tensor, letters, node) for tensor, letters in zip(tensors, inputs, strict=True)]
-            product = terms[0] if len(terms) == 1 else _product(terms[0], terms[1], result)
+            product, *others = (_Term(graph, *term, node) for term in zip(tensors, inputs, strict=True))
+            for place, other in enumerate(others):
+                product = _product(product, other, result + "".join(term.letters for term in others[place + 1 :]))
             replacement = product.without(set(product.letters) - set(result)).in_order(result).node
         node.replace_all_uses_with(replacement)
         graph.graph.erase_node(node)
@@ -114,8 +113,9 @@ class _Term:
         return next((letter for letter in own if self.graph.mentions_length(self.size(letter))), own[-1:])
 
 
-def _product(left: _Term, right: _Term, result: str) -> _Term:
-    """The product of two tensors, summed over what both have and the result has not."""
+def _product(left: _Term, right: _Term, wanted: str) -> _Term:
+    """The product of two tensors, summed over the letters that nobody wants afterwards."""
+    result = "".join(dict.fromkeys(wanted))
     left, right = (
         a.without({letter for letter in a.letters if letter not in b.letters and letter not in result})
         for a, b in ((left, right), (right, left))

@@ -267,6 +267,29 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     ),
     "cohere2": _transformers("cohere2", layer_types=_MIXED, num_hidden_layers=4, sliding_window=8),
     "phi3": _transformers("phi3"),
+    # latent attention with heads of two sizes, keys put together in place, experts picked by group
+    "deepseek_v3": _transformers(
+        "deepseek_v3", num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=4,
+        v_head_dim=6, first_k_dense_replace=1, n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=3,
+        moe_intermediate_size=24, n_shared_experts=1,
+    ),
+    # complex rotary tables, layers without positions whose queries are scaled by position, chunks, one expert a token
+    "llama4_text": _transformers(
+        "llama4_text", attention_chunk_size=8, no_rope_layers=[1, 0], moe_layers=[1], intermediate_size_mlp=48,
+        num_local_experts=4, num_experts_per_tok=1, floor_scale=16, attn_temperature_tuning=True,
+    ),
+    # positions that skip padding, where the padding id stands in the text as well
+    "roberta": _transformers("roberta", is_decoder=True, type_vocab_size=2, pad_token_id=7,
+                             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+    # a table of sines that is gathered by position
+    "gptj": _transformers("gptj", n_embd=32, n_head=4, n_layer=2, n_positions=POSITIONS, rotary_dim=4),
+    # sinks as a factor after the softmax
+    "granite_swa": _transformers(
+        "granite_swa", layer_types=_MIXED, num_hidden_layers=4, sliding_window=8, attention_multiplier=0.3
+    ),
+    # a floor under the scores
+    "xglm": _transformers("xglm", d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, dropout=0.0,
+                          attention_dropout=0.0),
     "plain_fused": _plain(FusedAttention),
     "plain_written_out": _plain(WrittenOutAttention),
     "plain_written_out_1e9": _plain(WrittenOutAttention, hidden=-1e9),

@@ -6,6 +6,7 @@ All of ``TRAPS`` were accepted and wrong once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -210,6 +211,21 @@ def rotary(x: Tensor, base: float = 10.0) -> Tensor:
     return x * angle.cos() + torch.cat([-b, a], -1) * angle.sin()
 
 
+def complex_rotary(x: Tensor) -> Tensor:
+    """The first LLaMA's: pairs of numbers times a table of unit vectors."""
+    angle = torch.arange(x.shape[2])[:, None] * 10.0 ** (-torch.arange(4) / 4.0)
+    turned = torch.view_as_complex(x.float().unflatten(-1, (4, 2))) * torch.polar(torch.ones_like(angle), angle)
+    return torch.view_as_real(turned).flatten(-2).type_as(x)
+
+
+def t5_bias(m: Any, L: int, ids: Tensor) -> Tensor:
+    """A learned bias for each head and bucket of distances; the buckets widen with the distance."""
+    far = distance(L).clamp(min=0)
+    wide = 8 + (torch.log(far.float() / 8 + 1e-6) / math.log(16) * 8).long()
+    bucket = torch.where(far < 8, far, wide.clamp(max=15))
+    return m.bias[bucket].permute(2, 0, 1)[None].masked_fill(~causal(m, L), float("-inf"))
+
+
 def without_grad(m: Any, x: Tensor, ids: Tensor) -> Tensor:
     with torch.no_grad():
         y = m.extra(x)
@@ -333,6 +349,13 @@ class MultiHead(nn.Module):
         return self.head(x + self.attention(x, x, x, attn_mask=mask, need_weights=self.need_weights)[0])
 
 
+def frozen(model: Any) -> nn.Module:
+    """All but the head, so that torch would take its fused inference kernels."""
+    zoo.sharpen(model).requires_grad_(False)
+    model.head.requires_grad_(True)
+    return model
+
+
 class Returns(nn.Module):
     def __init__(self, what: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -411,9 +434,28 @@ EXACT: dict[str, Build] = {
     ),
     "one_key_head": small(attend=lambda m, q, k, v: scores(q, k[:, :1]).softmax(-1) @ v[:, :1]),
     "values_changed_in_between": small(attend=lambda m, q, k, v: scores(q, k).softmax(-1) @ (v + k) + v),
+    "complex_rotary": small(
+        attend=lambda m, q, k, v: F.scaled_dot_product_attention(
+            complex_rotary(q), complex_rotary(k), v, is_causal=True
+        )
+    ),
+    "t5_bias": small(mask=t5_bias),
+    "attention_in_equations": small(
+        attend=lambda m, q, k, v: torch.einsum(
+            "bhqk,bhkd->bhqd",
+            (torch.einsum("bhqd,bhkd->bhqk", q, k) * 0.35 + torch.full(2 * (q.shape[2],), -1e9).triu(1)).softmax(-1),
+            v,
+        )
+    ),
+    "experts_in_equations": small(embed=lambda m, x, ids: x + torch.einsum(
+        "bte,edc,btd->btc", m.route(x).softmax(-1), m.expert, x), route=nn.Linear(WIDTH, 3),
+        expert=nn.Parameter(torch.zeros(3, WIDTH, WIDTH))),
+    "counts_words_of_a_kind": small(embed=lambda m, x, ids: x + m.places((ids % 3 == 0).cumsum(1))),
     "sorted_experts": small(mixer=SortedExperts(0)),
     "torch_encoder": lambda: zoo.sharpen(Encoder(False)).eval(),
     "torch_encoder_norm_first": lambda: zoo.sharpen(Encoder(True)).eval(),
+    "torch_encoder_frozen": lambda: frozen(Encoder(False)).eval(),
+    "torch_multihead_frozen": lambda: frozen(MultiHead(True)).eval(),
     "torch_multihead": lambda: zoo.sharpen(MultiHead(False)).eval(),
     "returns_a_dict": lambda: Returns(lambda logits: {"logits": logits}).eval(),
     "returns_a_tuple": lambda: Returns(lambda logits: (logits, None)).eval(),
@@ -424,7 +466,6 @@ REFUSED: dict[str, Build] = {
     "last_token_everywhere": small(embed=lambda m, x, ids: x + x[:, -1:]),
     "previous_id": small(embed=lambda m, x, ids: x + m.places(ids.roll(1, 1))),
     "frequency_in_the_row": small(embed=lambda m, x, ids: x / (ids[:, :, None] == ids[:, None, :]).sum(-1)[..., None]),
-    "positions_that_skip_padding": small(embed=lambda m, x, ids: x + m.places((ids != 0).cumsum(1))),
     "norm_over_tokens": small(embed=lambda m, x, ids: F.normalize(x)),
     "std_of_the_row": small(embed=lambda m, x, ids: x / x.std()),
     "noise": small(embed=lambda m, x, ids: x + 0.1 * torch.randn_like(x)),
@@ -550,7 +591,9 @@ def start_gates_at_zero(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", EXACT)
 def test_exact(name: str) -> None:
     model = EXACT[name]()
-    assert_exact(model, ppcompile.wrap(model))
+    packed = ppcompile.wrap(model)
+    assert not packed.compiled().graph.unshared
+    assert_exact(model, packed)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -91,7 +91,9 @@ def test_packed_equals_eager_unpacked(name: str, share: str) -> None:
     expected_loss = dpo_loss(torch.stack([t.sum() for t in expected]), reference_logps, sizes)
     expected_gradients = gradients(model, expected_loss)
 
-    out = ppcompile.wrap(model)(batch)
+    packed = ppcompile.wrap(model)
+    assert not packed.compiled().graph.unshared
+    out = packed(batch)
     assert (out.token_logps - torch.cat(expected)).abs().max() <= FORWARD
     assert out.lengths.tolist() == [len(t) for t in expected]
     torch.testing.assert_close(out.logps, torch.stack([t.sum() for t in expected]), rtol=1e-5, atol=1e-4)

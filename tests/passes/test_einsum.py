@@ -28,6 +28,8 @@ EQUATIONS: dict[str, tuple[str, str, int]] = {
     "ellipsis": ("...d,de->...e", "w", 1),
     "ellipsis_of_both": ("...hd,...hd->...h", "x", 1),
     "within_each_token": ("bthd,bthe->btde", "x", 1),
+    "three": ("bthd,btgd,btge->bthe", "three", 1),
+    "three_in_a_row": ("bthd,btgd,btge->beth", "three", 2),
     "letters_r_and_c": ("brcd,cde->brc", "u", 1),
 }
 MIXES = {
@@ -36,7 +38,6 @@ MIXES = {
     "sum_of_tokens": ("bthd->bhd", ""),
     "sum_of_the_others_tokens": ("bqhd,bkhd->bqhd", "x"),
     "diagonal": ("bthh->bth", "square"),
-    "three": ("bthd,btgd,btge->bthe", "three"),
 }
 
 
