@@ -327,5 +327,6 @@ def _plans_of(steps: Iterable[Step], rank: int, share: str, report: PackingRepor
             for pack in row:
                 report.packs += 1
                 report.tokens += pack.work.tokens
+                report.parts += sum(item.is_part for item in pack.items)
                 report.unpacked_tokens += sum(item.record.unpacked_tokens for item in pack.items)
             yield PackPlan(tuple(row[rank].items), share, row[rank].work, step.totals)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -62,12 +62,14 @@ class Item:
         index: which of the inputs it is.
         sequences: which sequences of that input.
         weight: its share of the input's weight.
+        is_part: some of the input's sequences are elsewhere.
     """
 
     record: Record
     index: int
     sequences: Sequence[int]
     weight: float
+    is_part: bool = field(default=False, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -83,6 +85,7 @@ class Item:
             record=self.record.part(positions),
             sequences=tuple(self.sequences[n] for n in positions),
             weight=self.weight * len(positions) / len(self.sequences),
+            is_part=True,
         )
 
 
