@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .runtime.batch import pack as pack
     from .runtime.groups import Group as Group
     from .runtime.groups import Rollout as Rollout
+    from .runtime.multiplicity import multiplicity as multiplicity
     from .runtime.packing.cost import CostModel as CostModel
     from .runtime.packing.packs import PackPlan as PackPlan
     from .runtime.packing.packs import packs as packs
@@ -47,6 +48,7 @@ _HOMES = {
     "PackingReport": "runtime.packing.report",
     "Rollout": "runtime.groups",
     "StepTotals": "runtime.batch",
+    "multiplicity": "runtime.multiplicity",
     "pack": "runtime.batch",
     "packs": "runtime.packing.packs",
     "plan_packs": "runtime.packing.packs",
