@@ -1,7 +1,7 @@
 """How often each slot of a pack stands in the unpacked sequences.
 
 A pack computes a shared token once. Statistics over tokens, such as the load of experts in an auxiliary loss, then
-count a prompt once, whatever the number of its responses; weighted by multiplicity they are those of the unpacked rows::
+count a prompt once, whatever the number of its responses; weighted by multiplicity they are those of unpacked rows::
 
     weight = multiplicity(batch)                                  # [T]; the prompt of 4 responses has 4, padding has 0
     load = (weight[:, None, None] * chosen).sum((0, 1)) / weight.sum()            # chosen: one-hot [T, top_k, experts]
