@@ -126,7 +126,9 @@ class PackGraph:
         branches: choices that the model's code made on the row's length while it was captured.
         vocab_size: number of token ids the model has embeddings for, if known.
         sites: attention sites, filled by the recognize pass.
+        pooling: for a model that returns one value per sequence, at which token (``passes.pooling``).
         unshared: calls of modules that stay as they are and run on unpacked rows, by name (``passes.unshare``).
+        layers: what the ``call_module`` nodes of layers stand for, by target, filled by the outline pass.
     """
 
     module: fx.GraphModule
@@ -134,13 +136,15 @@ class PackGraph:
     scored: sympy.Symbol
     state: dict[str, str]
     constants: dict[str, torch.Tensor]
-    values: dict[str, torch.Tensor]
+    values: Mapping[str, torch.Tensor]
     parameters: frozenset[str] = frozenset()
     max_positions: int | None = None
     branches: list[Refusal] = field(default_factory=list)
     vocab_size: int | None = None
     sites: list[Any] = field(default_factory=list)
+    pooling: Any = None
     unshared: dict[str, Any] = field(default_factory=dict)
+    layers: dict[str, Any] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -175,13 +179,32 @@ class PackGraph:
         """Positions from ``count`` on are known not to work, or not known to."""
         self.max_positions = count if self.max_positions is None else min(self.max_positions, count)
 
+    def nodes(self) -> Iterator[fx.Node]:
+        """All nodes: those of :attr:`graph`, then those of each layer's body, once."""
+        yield from self.graph.nodes
+        for body in self._bodies():
+            yield from body.graph.nodes
+
     def op_counts(self) -> Counter[str]:
-        """How often each op is called."""
-        return Counter(op_name(node) for node in self.graph.nodes if node.op == "call_function")
+        """How often each op is called, in layers too."""
+        bodies = [self.layers[n.target].body.graph for n in self.graph.nodes if n.target in self.layers]
+        calls = (node for graph in (self.graph, *bodies) for node in graph.nodes if node.op == "call_function")
+        return Counter(op_name(node) for node in calls)
 
     def readable(self) -> str:
-        """The graph as Python, with shapes and the model's source lines."""
-        return str(self.module.print_readable(print_output=False))
+        """The graph as Python, with shapes and the model's source lines; each layer's body once."""
+        modules = {self.module: "", **{body: ", ".join(paths) for body, paths in self._bodies().items()}}
+        return "\n".join(
+            f"# {paths}\n" * bool(paths) + str(module.print_readable(print_output=False, include_stride=False))
+            for module, paths in modules.items()
+        )
+
+    def _bodies(self) -> dict[fx.GraphModule, list[str]]:
+        """Each layer's body once, and the paths of the layers that share it."""
+        found: dict[fx.GraphModule, list[str]] = {}
+        for layer in self.layers.values():
+            found.setdefault(layer.body, []).append(layer.path)
+        return found
 
     # ------------------------------------------------------------------ editing
 

@@ -8,6 +8,7 @@ graphs take the state as inputs, read afresh at each call.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Hashable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from .sharding import MARKS, Sharding, user_hooks
 
 __all__ = ["PackedModel", "PackedOutput", "wrap"]
 
+_log = logging.getLogger(__name__)
 
 _SHARED = (
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
@@ -58,6 +60,7 @@ def wrap(
     backend: str = "auto",
     compile: bool | str = False,  # noqa: A002 - torch's word
     checkpoint: str | None = None,
+    verify: bool = False,
 ) -> PackedModel:
     """Make ``model`` take preference-packed batches.
 
@@ -70,6 +73,7 @@ def wrap(
             way to compile a sharded model. Without it FlexAttention alone is compiled.
         checkpoint: ``"layer"`` keeps what enters each layer for the backward and computes the rest again. Without it
             the model's own setting holds (``model.gradient_checkpointing_enable()``).
+        verify: compare the packed with the eager unpacked model before returning (:func:`ppcompile.verify`).
 
     Returns:
         A module that takes ``ppcompile.pack(...)`` and returns a :class:`PackedOutput`.
@@ -79,9 +83,18 @@ def wrap(
         ValueError: an option that is unknown, or that the model has no layers for.
         NotPackable: the model mixes tokens in a way that packing would change, or that cannot be proved safe;
             names the module, the operator and the source line.
+        Mismatch: with ``verify``, the packed model does not compute what the eager unpacked model computes.
     """
     packed = PackedModel(model, backend=backend, compile=compile, checkpoint=checkpoint)
-    packed.compiled()  # refuse now, not at the first step
+    compiled = packed.compiled()  # refuse now, not at the first step
+    if compiled.graph.unshared:
+        from .report import unshared_note
+
+        _log.warning(unshared_note(model, compiled))
+    if verify:
+        from .verification import verify as compare
+
+        compare(packed)
     return packed
 
 
@@ -135,7 +148,8 @@ class PackedModel(nn.Module):
 
     def extra_repr(self) -> str:
         """Whose second face this is."""
-        return f"packed {type(self.unwrapped).__name__}, {', '.join(f'{name}={value!r}' for name, value in self._options.items())}"
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        return f"packed {type(self.unwrapped).__name__}, {options}"
 
     # ------------------------------------------------------------------ graphs
 
@@ -180,7 +194,9 @@ class PackedModel(nn.Module):
             (id(m), m.training, _adapters(m), *user_hooks(m), len(m._backward_hooks)) for m in model.modules()
         )
         parameters = tuple((name, sharding.dtype(name, p), p.device) for name, p in model.named_parameters())
-        buffers = tuple((name, b.dtype, b.device, self._buffers_seen.number(name, b)) for name, b in model.named_buffers())
+        buffers = tuple(
+            (name, b.dtype, b.device, self._buffers_seen.number(name, b)) for name, b in model.named_buffers()
+        )
         attributes = (item for item in python_state(model).items() if not item[0].endswith(MARKS))
         settings = (repr(vars(getattr(model, "config", None) or _NO_CONFIG)), *attributes)
         return modules, parameters, buffers, settings, sharding.casts
@@ -214,7 +230,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, shape and dtype included; nothing is known of tensors without data."""
     if a.device.type == "meta" or (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.dim() else torch.equal(a, b)
+    as_bytes = (tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (a, b))
+    return torch.equal(*as_bytes)
 
 
 _NO_CONFIG = SimpleNamespace()
@@ -230,9 +247,7 @@ def _check_options(model: nn.Module, compile: bool | str, checkpoint: str | None
             raise ValueError(f"unknown {name}={value!r}; accepted: {', '.join(map(repr, accepted))}")
     around = type(model).__name__
     if around in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
-        raise TypeError(
-            f"ppcompile.wrap got a {around}; wrap the model first, and {around} goes around: {around}(ppcompile.wrap(model))"
-        )
+        raise TypeError(f"ppcompile.wrap got a {around}; the model is wrapped first: {around}(ppcompile.wrap(model))")
 
 
 def _adapters(module: nn.Module) -> Hashable:

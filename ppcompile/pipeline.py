@@ -12,18 +12,20 @@ into a graph from a pack to the log-probabilities of its scored tokens, one chan
     token_demand          after the last attention, only scored slots are computed
     check_token_mixing    prove that nothing else mixes tokens
     lower                 pick a backend for every attention
+    outline_layers        one subgraph for each layer of the model
 
 The same names appear in reports, dumps and errors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
 from .capture import call_model, capture
 from .passes.base import NotPackable, PackGraph, PassResult, Refusal
@@ -31,11 +33,13 @@ from .passes.canonicalize import canonicalize
 from .passes.check_token_mixing import check_token_mixing
 from .passes.insert_epilogue import insert_epilogue
 from .passes.lower import lower
+from .passes.outline_layers import outline_layers
 from .passes.recognize import recognize_attention
 from .passes.rewrite_attention import rewrite_attention
 from .passes.rewrite_positions import rewrite_positions
 from .passes.token_demand import token_demand
 from .passes.unshare import unshare
+from .sharding import Sharding
 from .unsharing import Unsharing, observe
 from .unsharing_choice import widened
 
@@ -60,6 +64,7 @@ def passes(backend: str = "auto") -> tuple[Pass, ...]:
         token_demand,
         check_token_mixing,
         lower_to_backend,
+        outline_layers,
     )
 
 
@@ -90,16 +95,10 @@ class Compiled:
     Attributes:
         graph: the graph after the last pass.
         stages: one entry for the capture and each pass.
-        run: what executes the graph, on its inputs in order: the graph itself, or ``torch.compile`` of it.
     """
 
     graph: PackGraph
     stages: list[Stage] = field(default_factory=list)
-    run: Callable[..., tuple[Tensor]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Run the graph as it is until somebody compiles it."""
-        self.run = self.graph.module
 
     @property
     def seconds(self) -> float:
@@ -107,25 +106,32 @@ class Compiled:
         return sum(stage.seconds for stage in self.stages)
 
 
-def compile_model(model: nn.Module, *, backend: str = "auto", keep_code: bool = False) -> Compiled:
+def compile_model(
+    model: nn.Module, *, backend: str = "auto", keep_code: bool = False, sharding: Sharding | None = None
+) -> Compiled:
     """Capture ``model`` in its present mode and run every pass.
 
     Args:
         model: see :func:`ppcompile.wrap`.
         backend: attention backend, ``"auto"`` for the device's best.
         keep_code: keep the graph's code after each stage, for dumps and diffs.
+        sharding: which modules of the model are sharded; none if not given.
 
     Raises:
         NotPackable: the model cannot be captured, or a pass cannot prove it safe.
     """
+    sharding = sharding or Sharding(model, model)
     unshared: Unsharing = {}
     refusals: list[Refusal] = []
     while True:
         try:
-            return _compile(model, backend, keep_code, unshared)
+            # Modules that stay as they are are run while the graph is made.
+            with sharding.gathered() if unshared else contextlib.nullcontext():
+                return _compile(model, backend, keep_code, unshared, sharding)
         except NotPackable as refused:
             refusals.append(refused.refusal)
-            wider = widened(model, unshared, refused.refusal)
+            with sharding.gathered():
+                wider = widened(model, unshared, refused.refusal)
             if wider is None:
                 raise NotPackable(_in_one(refusals)) from refused.__cause__
             unshared = wider
@@ -138,9 +144,12 @@ def _in_one(refusals: list[Refusal]) -> Refusal:
     return dataclasses.replace(first, reason="; ".join((first.reason, *later[-1:])))
 
 
-def _compile(model: nn.Module, backend: str, keep_code: bool, unshared: Unsharing) -> Compiled:
+def _compile(model: nn.Module, backend: str, keep_code: bool, unshared: Unsharing, sharding: Sharding) -> Compiled:
     start = time.perf_counter()
-    graph = capture(model, observe(model, unshared, call_model) if unshared else {})
+    watched = observe(model, unshared, call_model) if unshared else {}
+    with sharding.weightless() as gathered:
+        graph = capture(model, watched)
+    graph.values = gathered(graph.values)
     count = sum(graph.op_counts().values())
     compiled = Compiled(graph)
     compiled.stages.append(_stage("capture", start, 0, count, PassResult("capture"), graph, keep_code))

@@ -14,7 +14,7 @@ from ppcompile.passes.base import shape_of
 @pytest.mark.parametrize("name", zoo.EXACT)
 def test_no_scores_no_masks_no_logits(name: str) -> None:
     graph = ppcompile.wrap(zoo.EXACT[name]()).compiled().graph
-    for node in graph.graph.nodes:
+    for node in graph.nodes():
         shape = shape_of(node)
         tokens = [size for size in shape if graph.mentions_length(size) or graph.is_scored(size)]
         assert len(tokens) <= 1, f"{node.format_node()} has two axes of tokens: {shape}"
