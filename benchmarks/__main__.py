@@ -1,18 +1,16 @@
-"""Benchmarks of ppcompile: ``python -m benchmarks step --help``."""
+"""Benchmarks of ppcompile: ``python -m benchmarks COMMAND --help``."""
 
 from __future__ import annotations
 
 import typer
 
-from . import step
+from . import packing, step
+from .coverage import command as coverage
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 app.command(name="step", help=step.__doc__)(step.main)
-
-
-@app.callback()
-def _group() -> None:
-    """Keep ``step`` a subcommand while it is the only one."""
+app.command(name="packing", help=packing.__doc__)(packing.main)
+app.command(name="coverage", help=coverage.__doc__)(coverage.main)
 
 
 if __name__ == "__main__":
