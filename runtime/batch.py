@@ -19,7 +19,18 @@ from torch import Tensor
 from .forest import Forest, forest_from_groups, forest_from_sequences
 from .groups import Entry, Group, Record, Rollout, as_record, flat_sequences
 
-__all__ = ["SHARE", "Group", "PackedBatch", "Rollout", "StepTotals", "check_int", "check_share", "pack", "pack_records"]
+__all__ = [
+    "SHARE",
+    "Group",
+    "PackedBatch",
+    "Rollout",
+    "StepTotals",
+    "check_int",
+    "check_share",
+    "forest_of",
+    "pack",
+    "pack_records",
+]
 
 Ids = NDArray[np.int64]
 
@@ -243,10 +254,7 @@ def pack_records(
     Raises:
         ValueError: a pack beyond ``max_tokens``.
     """
-    if share == "prompt":
-        forest = forest_from_groups((record.prompt, record.responses) for record in records)
-    else:
-        forest = forest_from_sequences(*flat_sequences(records))
+    forest = forest_of(records, share)
     if max_tokens is not None and forest.num_slots > max_tokens:
         raise ValueError(_beyond_budget(forest, records, max_tokens))
     sizes = [record.num_sequences for record in records]
@@ -260,6 +268,13 @@ def pack_records(
         sequence_index=[n for size in sizes for n in range(size)] if sequence_index is None else sequence_index,
         step=step,
     )
+
+
+def forest_of(records: Sequence[Record], share: str) -> Forest:
+    """The forest of a pack; ``share`` as in :func:`pack`."""
+    if share == "prompt":
+        return forest_from_groups((record.prompt, record.responses) for record in records)
+    return forest_from_sequences(*flat_sequences(records))
 
 
 def _packed(

@@ -129,8 +129,8 @@ class _Filler:
             if len(beyond):
                 return self._best_part(beyond[:1], space, least_gain=-space)
         fits = np.flatnonzero(pool.waiting & (pool.needs <= space))
-        best = self._sharing_most(fits) if len(fits) else fits
-        if len(fits) and (not pack.items or space > _CLOSING * float(pool.needs[fits].mean())):
+        best = pool.sharing_most(fits, max(1, self.max_tokens // _GRAINS)) if len(fits) else fits
+        if len(fits) and (not pack.items or space * len(fits) > _CLOSING * int(pool.needs[fits].sum())):
             return int(best[np.argmax(pool.sizes[best] * self.scale[best])]), None
         n, filled, alone = _best_fit(pool.needs[best], space) if len(best) else (-1, 0, True)
         if self.split and alone and space - filled > self.max_tokens * _WORTH:
@@ -139,11 +139,6 @@ class _Filler:
             if part is not None:
                 return part
         return (int(best[n]), None) if n >= 0 else None
-
-    def _sharing_most(self, items: Ids) -> Ids:
-        """Those of the items that share most with the open pack, a few tokens more or less."""
-        saved = (self.pool.sizes[items] - self.pool.needs[items]) // max(1, self.max_tokens // _GRAINS)
-        return items[saved == saved.max()]
 
     def _best_part(self, items: Ids, space: int, least_gain: int) -> _Choice | None:
         """The part that fills most of ``space``, less what will be stored a second time with the rest."""

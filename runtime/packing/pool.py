@@ -9,6 +9,7 @@ Shapes: ``I`` items, ``N`` sequences of all items.
 from __future__ import annotations
 
 import abc
+import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -137,6 +138,10 @@ class Pool(abc.ABC):
     def _shrink(self, item: int) -> None:
         """Measure an item again, some of whose sequences are gone."""
 
+    def sharing_most(self, items: Ids, grain: int) -> Ids:
+        """Those of the items that share most with the open pack, ``grain`` tokens more or less; all, if none can."""
+        return items
+
     @abc.abstractmethod
     def parts(self, item: int, space: int) -> Iterator[Part]:
         """Ways to fill at most ``space`` tokens of the open pack with some of an item's sequences, not all."""
@@ -198,7 +203,7 @@ class TreePool(Pool):
         self._shared, self._place = rows.shared, np.argsort(self._rank)
         # All share a base. Where neighbours share no more than that, those before and those behind never will.
         self._base = int(self._shared[1:].min()) if len(rank) > 1 else 0
-        self._families = np.append(np.flatnonzero(self._shared <= self._base), len(rank))
+        self._families = [*np.flatnonzero(self._shared <= self._base).tolist(), len(rank)]
         self._position = by_item - np.repeat(self._starts, counts)
         self._here = np.ones(len(rank), dtype=bool)  # sequences that wait
         # What each sequence shares with the one before it that waits in its own item; 0 for the first.
@@ -216,6 +221,11 @@ class TreePool(Pool):
         self._known.fill(0)
         self._empty = True
         self.needs = self.sizes.copy()
+
+    def sharing_most(self, items: Ids, grain: int) -> Ids:
+        """Those of the items that share most with the open pack, ``grain`` tokens more or less."""
+        saved = (self.sizes[items] - self.needs[items]) // grain
+        return items[saved == saved.max()]
 
     def _added_by_item(self) -> Ids:
         """Tokens that each item adds to the open pack: int64 ``[I]``."""
@@ -250,8 +260,10 @@ class TreePool(Pool):
     def _meet(self, ranks: Ids) -> None:
         """Let the other sequences know what they share with new ones in the pack, at these ranks, ascending."""
         low, high = int(ranks[0]), int(ranks[-1])
-        first = int(self._families[np.searchsorted(self._families, low, side="right") - 1])
-        stop = int(self._families[np.searchsorted(self._families, high, side="right")])
+        first = self._families[bisect.bisect_right(self._families, low) - 1]
+        stop = self._families[bisect.bisect_right(self._families, high)]
+        if stop - first == len(ranks):
+            return  # nobody else shares more than the base
         shared, best = self._shared, np.empty(stop - first, np.int64)
         np.minimum.accumulate(shared[low:first:-1], out=best[: low - first][::-1])
         best[low - first : high - first + 1] = _ALL
