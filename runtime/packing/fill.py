@@ -26,7 +26,7 @@ _Choice = tuple[int, list[int] | None]
 
 _JITTER = 0.7  # a group counts as up to this much smaller when packs choose the largest
 _GRAINS = 128  # shared tokens are compared in this many steps of a budget: a few more are not worth a bad fit
-_CLOSING = 3.5  # choose the last groups by fit alone once this many of median size would fill the pack
+_CLOSING = 3.5  # choose the last groups by fit alone once this many of average size would fill the pack
 _WORTH = 1 / 32  # split a group where more than this share of a pack would stay empty
 _CANDIDATES = 24  # groups looked at when one is to be split
 _FEW_ITEMS, _MOST_TRIES, _FULL = 384, 16, 0.97  # tries with few items, until all packs are full

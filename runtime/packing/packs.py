@@ -9,7 +9,6 @@ the tensors of other ranks' packs are never built.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,18 +17,15 @@ from typing import Any
 import numpy as np
 
 from ..batch import PackedBatch, StepTotals, check_int, check_share, pack_records
-from ..groups import Entry, Group, Rollout, as_record
+from ..groups import Entry, Group, Rollout
 from .cost import CostModel
-from .fill import Pack, fill_packs
 from .oversize import Budget, check_policies
 from .pool import Item, Work
 from .ranks import Dealer, Step
 from .report import PackingReport
+from .windows import fill_windows, is_indexable, read_items
 
 __all__ = ["PackPlan", "PackPlans", "Packs", "packs", "plan_packs"]
-
-_MOST_ITEMS = 2048  # groups of a window: choosing among more takes longer and fills no better
-_MOST_UNPACKED = 8  # tokens of a window's unpacked sequences, in windows: sorting them all needs the memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +91,7 @@ def packs(
     """Pack any number of groups: an iterator of :class:`PackedBatch`.
 
     >>> groups = [Group([1] * 6, [[2] * 3, [3] * 4]) for _ in range(10)]
-    >>> [batch.num_tokens for batch in packs(groups, max_tokens=40)]
+    >>> [batch.num_tokens for batch in packs(groups, max_tokens=40, shuffle=False)]
     [39, 39, 39, 13]
 
     Args:
@@ -218,13 +214,13 @@ def plan_packs(
         check_int(name, value, least)
     if rank >= world_size:
         raise ValueError(f"rank must be below world_size={world_size}, got {rank}")
-    if isinstance(groups, (Group, Rollout, Mapping, str)) or not (isinstance(groups, Iterable) or _indexable(groups)):
+    if isinstance(groups, (Group, Rollout, Mapping, str)) or not (isinstance(groups, Iterable) or is_indexable(groups)):
         raise TypeError(f"packs() takes an iterable of groups, got one {type(groups).__name__}; wrap it in a list")
     report = PackingReport(max_tokens)
     budget = Budget(max_tokens, share, check_policies(oversize), split_groups)
     order_rng, fill_rng, rows_rng = (np.random.default_rng(s) for s in np.random.SeedSequence((seed, epoch)).spawn(3))
-    items = _items(_in_order(groups, order_rng if shuffle else None), budget, weight, report)
-    made = _fill_windows(items, budget, window, fill_rng if shuffle else None)
+    items = read_items(groups, budget, weight, order_rng if shuffle else None, report)
+    made = fill_windows(items, budget, window, fill_rng if shuffle else None)
     dealer = Dealer(
         world_size=world_size,
         packs_per_step=packs_per_step,
@@ -238,87 +234,6 @@ def plan_packs(
     )
     mine = _plans_of(dealer.steps(made), rank, share, report)
     return PackPlans(islice(mine, skip, None), report)
-
-
-def _in_order(groups: Any, rng: np.random.Generator | None) -> Iterator[tuple[int, Any]]:
-    """Entries with their index, shuffled as a whole where they can be indexed."""
-    if not _indexable(groups):
-        yield from enumerate(groups)
-        return
-    for index in range(len(groups)) if rng is None else rng.permutation(len(groups)).tolist():
-        yield index, groups[index]
-
-
-def _indexable(groups: Any) -> bool:
-    return hasattr(groups, "__len__") and hasattr(groups, "__getitem__")
-
-
-def _items(
-    entries: Iterable[tuple[int, Any]],
-    budget: Budget,
-    weight: Callable[[Any], float] | None,
-    report: PackingReport,
-) -> Iterator[Item]:
-    """Entries checked, counted, and made to fit.
-
-    Raises:
-        ValueError: there are none, as from a generator that was read before.
-    """
-    for index, entry in entries:
-        item = entry if isinstance(entry, Item) else _item(entry, index, weight)
-        report.groups += 1
-        report.sequences += item.record.num_sequences
-        yield from budget.fit(item, report)
-    if not report.groups:
-        raise ValueError("packs() got no groups; a generator can be read once only: make a new one for each epoch")
-
-
-def _item(entry: Any, index: int, weight: Callable[[Any], float] | None) -> Item:
-    record = as_record(entry, f"group {index}")
-    count = record.num_sequences
-    return Item(record, index, range(count), count if weight is None else _weight(weight, entry, index))
-
-
-def _weight(weight: Callable[[Any], float], entry: Any, index: int) -> float:
-    value = float(weight(entry))
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"weight of group {index} is {value}; accepted: a finite number, 0 or more")
-    return value
-
-
-def _fill_windows(
-    items: Iterator[Item], budget: Budget, window: int, rng: np.random.Generator | None
-) -> Iterator[Pack]:
-    """Fill packs from a window that is filled up whenever half of it is gone."""
-    waiting: list[Item] = []
-    more = True
-    while more:
-        more = _read_window(items, waiting, window * budget.max_tokens)
-        if not waiting:
-            return
-        made, waiting = fill_packs(
-            waiting,
-            share=budget.share,
-            max_tokens=budget.max_tokens,
-            split=budget.split_groups,
-            keep=0.5 if more else 0.0,
-            rng=rng,
-        )
-        yield from made
-
-
-def _read_window(items: Iterator[Item], waiting: list[Item], tokens: int) -> bool:
-    """Read on until the window is full; false where nothing is left to read."""
-    held = sum(item.record.num_tokens for item in waiting)
-    unpacked = sum(item.record.unpacked_tokens for item in waiting)
-    while held < tokens and unpacked < _MOST_UNPACKED * tokens and len(waiting) < _MOST_ITEMS:
-        item = next(items, None)
-        if item is None:
-            return False
-        waiting.append(item)
-        held += item.record.num_tokens
-        unpacked += item.record.unpacked_tokens
-    return True
 
 
 def _plans_of(steps: Iterable[Step], rank: int, share: str, report: PackingReport) -> Iterator[PackPlan]:

@@ -9,8 +9,7 @@ Shapes: ``I`` items, ``N`` sequences of all items.
 from __future__ import annotations
 
 import abc
-import bisect
-import itertools
+import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
@@ -18,14 +17,12 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..groups import Record, flat_sequences
-from ..prefixes import sort_sequences
+from ..groups import Record
 
-__all__ = ["Item", "Part", "Pool", "PromptPool", "TreePool", "Work", "make_pool"]
+__all__ = ["Item", "Part", "Pool", "Work", "make_pool", "subsets", "triangle"]
 
 Ids = NDArray[np.int64]
 
-_ALL = 1 << 60  # more tokens than any sequence has
 _STARTS = 4  # subsets tried when a group is split
 
 
@@ -90,11 +87,6 @@ class Item:
         )
 
 
-def make_pool(items: Sequence[Item], share: str) -> Pool:
-    """The pool for ``share``, one of :data:`runtime.batch.SHARE`."""
-    return PromptPool(items) if share == "prompt" else TreePool(items)
-
-
 class Pool(abc.ABC):
     """Items that wait. Their sequences leave it into one open pack after another.
 
@@ -147,193 +139,14 @@ class Pool(abc.ABC):
         """Ways to fill at most ``space`` tokens of the open pack with some of an item's sequences, not all."""
 
 
-class PromptPool(Pool):
-    """Every group's prompt is stored once, and nothing else is shared."""
-
-    def __init__(self, items: Sequence[Item]) -> None:
-        super().__init__(items)
-        self.sizes = np.fromiter((item.record.num_tokens for item in items), np.int64, len(items))
-        self.needs = self.sizes
-
-    def open(self) -> None:
-        """Begin a pack; what an item needs does not depend on what is in it."""
-
-    def _response_sizes(self, item: int, positions: Sequence[int]) -> list[int]:
-        responses = self.items[item].record.responses
-        return [len(responses[n]) for n in positions]
-
-    def _move(self, item: int, positions: Sequence[int]) -> Work:
-        prompt = len(self.items[item].record.prompt)
-        sizes = self._response_sizes(item, positions)
-        pairs = _triangle(prompt) + sum(size * prompt + _triangle(size) for size in sizes)
-        return Work(prompt + sum(sizes), pairs)
-
-    def _shrink(self, item: int) -> None:
-        self.sizes[item] = len(self.items[item].record.prompt) + sum(self._response_sizes(item, self.left[item]))
-
-    def parts(self, item: int, space: int) -> Iterator[Part]:
-        """Each of the longest responses first, then the next longest that fit."""
-        prompt, left = len(self.items[item].record.prompt), self.left[item]
-        sizes = self._response_sizes(item, left)
-        for chosen in _subsets(sizes, space - prompt):
-            yield Part([left[n] for n in chosen], prompt + sum(sizes[n] for n in chosen), prompt)
+def make_pool(items: Sequence[Item], share: str) -> Pool:
+    """The pool for ``share``, one of :data:`runtime.batch.SHARE`: the class of this name in a file of its own."""
+    module = importlib.import_module(f"{__package__}.{share}_pool")
+    pool: Pool = getattr(module, f"{share.capitalize()}Pool")(items)
+    return pool
 
 
-class TreePool(Pool):
-    """Every common beginning is stored once: also between groups, and between responses.
-
-    All sequences are sorted once. A sequence adds to a pack what it does not share with any sequence there, and the
-    longest beginning that it shares is a running minimum over the sorted order, taken from each new arrival outwards.
-
-    The arrays below hold sequences item by item, within an item in lexicographic order: int64 ``[N]``.
-    """
-
-    def __init__(self, items: Sequence[Item]) -> None:
-        super().__init__(items)
-        rows = sort_sequences(*flat_sequences(item.record for item in items))
-        counts = np.fromiter((item.record.num_sequences for item in items), np.int64, len(items))
-        edges = np.concatenate([[0], np.cumsum(counts)])
-        rank = np.empty_like(rows.order)
-        rank[rows.order] = np.arange(len(rank))
-        self._owner = np.repeat(np.arange(len(items)), counts)
-        by_item = np.lexsort((rank, self._owner))
-        self._starts, self._edges = edges[:-1], edges.tolist()
-        self._rank, self._lengths = rank[by_item], rows.lengths[by_item]
-        # In sorted order, not item by item: what each sequence shares with the one before it, and where it stands here.
-        self._shared, self._place = rows.shared, np.argsort(self._rank)
-        # All share a base. Where neighbours share no more than that, those before and those behind never will.
-        self._base = int(self._shared[1:].min()) if len(rank) > 1 else 0
-        self._families = [*np.flatnonzero(self._shared <= self._base).tolist(), len(rank)]
-        self._position = by_item - np.repeat(self._starts, counts)
-        self._here = np.ones(len(rank), dtype=bool)  # sequences that wait
-        # What each sequence shares with the one before it that waits in its own item; 0 for the first.
-        self._within = rows.shared[self._rank]
-        self._within[self._starts] = 0
-        apart = np.flatnonzero(np.diff(self._rank, prepend=0) != 1)  # sequences of others stand between
-        for s in np.setdiff1d(apart, self._starts).tolist():
-            self._within[s] = self._shared[self._rank[s - 1] + 1 : self._rank[s] + 1].min()
-        self._known = np.zeros_like(self._lengths)  # what each sequence shares with the open pack
-        self.sizes = self._added_by_item()
-        self.open()
-
-    def open(self) -> None:
-        """Begin a pack: no sequence shares anything with it."""
-        self._known.fill(0)
-        self._empty = True
-        self.needs = self.sizes.copy()
-
-    def sharing_most(self, items: Ids, grain: int) -> Ids:
-        """Those of the items that share most with the open pack, ``grain`` tokens more or less."""
-        saved = (self.sizes[items] - self.needs[items]) // grain
-        return items[saved == saved.max()]
-
-    def _added_by_item(self) -> Ids:
-        """Tokens that each item adds to the open pack: int64 ``[I]``."""
-        return np.add.reduceat((self._lengths - np.maximum(self._known, self._within)) * self._here, self._starts)
-
-    def _waiting(self, item: int) -> Ids:
-        """Where an item's sequences that wait stand in the arrays."""
-        start, stop = self._edges[item], self._edges[item + 1]
-        return np.flatnonzero(self._here[start:stop]) + start
-
-    def _move(self, item: int, positions: Sequence[int]) -> Work:
-        here = self._waiting(item)
-        if len(positions) == len(here):
-            overlap = np.maximum(self._known[here], self._within[here])
-        else:
-            here = here[np.isin(self._position[here], positions)]
-            overlap = np.maximum(self._known[here], self._shared_in_row(here))
-        lengths = self._lengths[here]
-        self._here[here] = False
-        if self._empty:
-            self._known.fill(self._base)
-            self.needs = self._added_by_item()
-            self._empty = False
-        self._meet(self._rank[here])
-        return Work(int((lengths - overlap).sum()), int((_triangle(lengths) - _triangle(overlap)).sum()))
-
-    def _shared_in_row(self, here: Ids) -> Ids:
-        """What each of these sequences of one item shares with the one before it; 0 for the first."""
-        ranks = self._rank[here].tolist()
-        return np.array([0] + [int(self._shared[a + 1 : b + 1].min()) for a, b in itertools.pairwise(ranks)])
-
-    def _meet(self, ranks: Ids) -> None:
-        """Let the other sequences know what they share with new ones in the pack, at these ranks, ascending."""
-        low, high = int(ranks[0]), int(ranks[-1])
-        first = self._families[bisect.bisect_right(self._families, low) - 1]
-        stop = self._families[bisect.bisect_right(self._families, high)]
-        if stop - first == len(ranks):
-            return  # nobody else shares more than the base
-        shared, best = self._shared, np.empty(stop - first, np.int64)
-        np.minimum.accumulate(shared[low:first:-1], out=best[: low - first][::-1])
-        best[low - first : high - first + 1] = _ALL
-        np.minimum.accumulate(shared[high + 1 : stop], out=best[high - first + 1 :])
-        for gap in np.flatnonzero(np.diff(ranks) != 1).tolist():  # sequences of others stand between
-            a, b = int(ranks[gap]), int(ranks[gap + 1])
-            left, right = np.minimum.accumulate(shared[a + 1 : b]), np.minimum.accumulate(shared[b : a + 1 : -1])[::-1]
-            best[a - first + 1 : b - first] = np.maximum(left, right)
-        here = self._place[first:stop]
-        before, within = self._known[here], self._within[here]
-        known = np.maximum(before, np.minimum(best, self._lengths[here]))
-        self._known[here] = known
-        spared = (np.maximum(known, within) - np.maximum(before, within)) * self._here[here]
-        np.subtract.at(self.needs, self._owner[here], spared)
-
-    def _shrink(self, item: int) -> None:
-        here = self._waiting(item)
-        self._within[here] = self._shared_in_row(here)
-        self.needs[item] = (self._lengths[here] - np.maximum(self._known[here], self._within[here])).sum()
-        self.sizes[item] = (self._lengths[here] - self._within[here]).sum()
-
-    def parts(self, item: int, space: int) -> Iterator[Part]:
-        """Neighbours, which share most, from either end; and the largest first, as if they shared least."""
-        here = self._waiting(item)
-        position = self._position[here].tolist()
-        lengths, within, known = (x[here].tolist() for x in (self._lengths, self._within, self._known))
-        count = len(position)
-        shared_by_all = min(within[1:], default=0)
-        floor = [max(k, shared_by_all) for k in known]
-        sizes = [length - f for length, f in zip(lengths, floor, strict=True)]
-        room = space - max(0, shared_by_all - max(known))
-        for chosen in (
-            _run(lengths, within, known, space),
-            [count - 1 - n for n in _run(lengths[::-1], [0, *within[:0:-1]], known[::-1], space)],
-            *_subsets(sizes, room),
-        ):
-            if not 0 < len(chosen) < count:
-                continue
-            taken = [False] * count
-            for n in chosen:
-                taken[n] = True
-            rest = _trie_tokens(lengths, within, [0] * count, [not t for t in taken])
-            added = _trie_tokens(lengths, within, known, taken)
-            yield Part([position[n] for n in chosen], added, added + rest - int(self.needs[item]))
-
-
-def _run(lengths: list[int], within: list[int], known: list[int], space: int) -> list[int]:
-    """Sequences in order, as long as they fit: positions."""
-    chosen, overlap = [], 0
-    for n, length in enumerate(lengths):
-        overlap = min(overlap, within[n])
-        added = length - max(overlap, known[n])
-        if added <= space:
-            chosen.append(n)
-            space, overlap = space - added, _ALL
-    return chosen
-
-
-def _trie_tokens(lengths: list[int], within: list[int], known: list[int], taken: list[bool]) -> int:
-    """Tokens that the taken ones of an item's sequences add to a pack with which they share ``known``."""
-    tokens, overlap = 0, 0
-    for length, shared, k, take in zip(lengths, within, known, taken, strict=True):
-        overlap = min(overlap, shared)
-        if take:
-            tokens += length - max(overlap, k)
-            overlap = _ALL
-    return tokens
-
-
-def _subsets(sizes: list[int], room: int) -> Iterator[list[int]]:
+def subsets(sizes: list[int], room: int) -> Iterator[list[int]]:
     """Subsets of at most ``room``: start with each of the largest in turn, then take the next largest that fit."""
     order = sorted(range(len(sizes)), key=lambda n: -sizes[n])
     for first in order[:_STARTS]:
@@ -351,6 +164,6 @@ def _subsets(sizes: list[int], room: int) -> Iterator[list[int]]:
 _T = TypeVar("_T", int, Ids)
 
 
-def _triangle(n: _T) -> _T:
+def triangle(n: _T) -> _T:
     """1 + 2 + ... + n."""
     return n * (n + 1) // 2
