@@ -10,24 +10,37 @@ program on rows, which the epilogue runs in chunks: no ``[T, V]`` or ``[U, V]`` 
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 from ..runtime import ops
 from .base import PackGraph, PassResult, output_node, shape_of
 from .head import read_head
+from .pooling import pool_epilogue
 
-__all__ = ["insert_epilogue"]
+__all__ = ["EPILOGUES", "insert_epilogue"]
 
 aten = torch.ops.aten
 
 
-def insert_epilogue(graph: PackGraph) -> PassResult:
-    """Replace the logits by ``token_logps``.
+EPILOGUES = ("scores", "logits")
+
+
+def insert_epilogue(graph: PackGraph, *, epilogue: str = "scores") -> PassResult:
+    """Replace the logits by ``token_logps``; of a model that returns one value per sequence, take that per sequence.
+
+    Args:
+        graph: a graph that returns logits ``[1, T, V]``, or one value per sequence ``[1, K]``.
+        epilogue: ``"scores"`` as above, or ``"logits"`` to return the logits of every slot, ``[T, V]``.
 
     Raises:
         NotPackable: the logits are not a row-wise function of one hidden state per token.
     """
     logits = output_node(graph.graph)
     output = next(n for n in reversed(graph.graph.nodes) if n.op == "output")
+    if not any(graph.mentions_length(size) for size in shape_of(logits)):
+        return pool_epilogue(graph, logits, output)
+    if epilogue == "logits":
+        return _keep_logits(graph, logits, output)
     with graph.graph.inserting_before(output):
         head = read_head(graph, logits)
         (axis,) = graph.token_axes(head.hidden)
@@ -39,3 +52,11 @@ def insert_epilogue(graph: PackGraph) -> PassResult:
         output.args = ((graph.item(scored, 0),),)
     graph.finish()
     return PassResult("insert_epilogue", [f"head: {head.program}"], 1)
+
+
+def _keep_logits(graph: PackGraph, logits: fx.Node, output: fx.Node) -> PassResult:
+    with graph.graph.inserting_before(output):
+        rows = graph.call(aten.reshape.default, (logits, [-1, int(shape_of(logits)[-1])]), like=logits)
+        output.args = ((rows,),)
+    graph.finish()
+    return PassResult("insert_epilogue", ["logits of every slot, as asked for"], 1)

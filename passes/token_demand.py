@@ -33,7 +33,9 @@ def token_demand(graph: PackGraph) -> PassResult:
     """Move the selection of scored slots up as far as it goes."""
     result = PassResult("token_demand")
     predecessors = graph.layout("predecessors")
-    (select,) = (n for n in predecessors.users if is_op(n, "aten.index_select"))
+    select = next((n for n in predecessors.users if is_op(n, "aten.index_select")), None)
+    if select is None:  # every slot's logits are asked for
+        return result
     types = _known_types(graph)
     demanded = _demanded(select, types)
     if not demanded:

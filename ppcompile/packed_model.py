@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from .capture_checks import python_state
 from .layers import CHECKPOINT, COMPILE, Runner
+from .padded import PaddedRows, Savings, usual_output
 from .passes.base import LAYOUT_INPUTS, ROW_INPUTS
 from .pipeline import Compiled, compile_model
+from .pooled import pooled_slots
 from .runtime.batch import PackedBatch
 from .runtime.rows import unpacked_rows
 from .sharding import MARKS, Sharding, user_hooks
 
-__all__ = ["PackedModel", "PackedOutput", "wrap"]
+__all__ = ["PackedModel", "PackedOutput", "PackedRewards", "wrap"]
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +53,22 @@ class PackedOutput:
     lengths: Tensor
 
 
-torch.export.register_dataclass(PackedOutput, serialized_type_name="ppcompile.PackedOutput")  # hooks look into it
+@dataclass(frozen=True)
+class PackedRewards:
+    """What a packed reward model returns.
+
+    Attributes:
+        rewards: float32 ``[R]``, the value of each sequence (prompt and response), in input order; ``[R, K]`` of a
+            model with K outputs.
+        lengths: int64 ``[R]``, number of tokens of each response.
+    """
+
+    rewards: Tensor
+    lengths: Tensor
+
+
+for _output in (PackedOutput, PackedRewards):  # hooks of DistributedDataParallel look into them
+    torch.export.register_dataclass(_output, serialized_type_name=f"ppcompile.{_output.__name__}")
 
 
 def wrap(
@@ -116,9 +133,10 @@ class PackedModel(nn.Module):
         for shared in _SHARED:
             own[shared] = getattr(model, shared)
         own["training"] = model.training
-        self._options = {"backend": backend, "compile": compile, "checkpoint": checkpoint}
+        self._options: dict[str, Any] = {"backend": backend, "compile": compile, "checkpoint": checkpoint}
         self._compiled: dict[Hashable, tuple[Compiled, Runner]] = {}
         self._buffers_seen = _Contents()
+        self.savings = Savings()
 
     # ------------------------------------------------------------------ a second face of the model
 
@@ -158,31 +176,75 @@ class PackedModel(nn.Module):
         compiled, _ = self._ready(Sharding(self.unwrapped, self))
         return compiled
 
-    def _ready(self, sharding: Sharding) -> tuple[Compiled, Runner]:
-        key = self._fingerprint(sharding)
+    def _ready(self, sharding: Sharding, epilogue: str = "scores") -> tuple[Compiled, Runner]:
+        key = self._fingerprint(sharding), epilogue
         if key not in self._compiled:
             backend, options = self._options["backend"], {k: self._options[k] for k in ("checkpoint", "compile")}
-            compiled = compile_model(self.unwrapped, backend=backend, sharding=sharding)
+            compiled = compile_model(self.unwrapped, backend=backend, epilogue=epilogue, sharding=sharding)
             self._compiled[key] = compiled, Runner(compiled.graph, self.unwrapped, **options)
         return self._compiled[key]
 
-    def forward(self, batch: PackedBatch | None = None, **padded: Any) -> PackedOutput:
-        """Log-probabilities of the batch's responses.
+    def forward(self, batch: PackedBatch | Tensor | None = None, **padded: Any) -> Any:
+        """Log-probabilities, or rewards, of a pack's responses; or of an ordinary padded batch what the model returns.
+
+        ``packed(batch)`` takes a :class:`PackedBatch` and returns a :class:`PackedOutput`, or :class:`PackedRewards` if
+        the model returns one value per sequence. ``packed(input_ids=..., attention_mask=...)`` finds the common
+        beginnings of the rows, computes each once, and returns what the model returns: the output object with padded
+        ``.logits``, and a loss where ``labels`` are given. :attr:`savings` counts what that saved.
 
         Raises:
-            TypeError, ValueError: not a batch of this model: padded rows, wrong type, device, token ids, or positions.
+            TypeError, ValueError: not a batch of this model: wrong type, device, token ids, positions, or options.
         """
-        if padded or not isinstance(batch, PackedBatch):
-            raise TypeError(_not_a_pack(batch, padded))
+        if isinstance(batch, PackedBatch):
+            if padded:
+                raise TypeError(f"a pack holds all that the model needs, and {', '.join(padded)} came with it")
+            return self._forward_pack(batch)
+        if batch is not None:
+            if not isinstance(batch, Tensor):
+                raise TypeError(_not_a_batch(batch))
+            padded = {"input_ids": batch, **padded}
+        return self._forward_padded(**padded)
+
+    def _forward_pack(self, batch: PackedBatch) -> PackedOutput | PackedRewards:
         sharding = Sharding(self.unwrapped, self)
         compiled, run = self._ready(sharding)
-        _check_batch(batch, compiled)
+        _check_batch(batch.device, batch.max_token_id, batch.max_position, compiled)
         layout = {name: getattr(batch, name) for name in LAYOUT_INPUTS}
-        if compiled.graph.unshared:
-            layout |= zip(ROW_INPUTS, unpacked_rows(batch.segments, batch.position_ids), strict=True)
-        token_logps = run(layout, sharding).index_select(0, batch.scored_index)
+        if compiled.graph.pooling is not None:
+            slots = pooled_slots(batch, compiled.graph.pooling)
+            values = run(_with_rows(layout | {"predecessors": slots}, compiled), sharding)
+            return PackedRewards(_as_rewards(values), batch.lengths)
+        token_logps = run(_with_rows(layout, compiled), sharding).index_select(0, batch.scored_index)
         sums = token_logps.new_zeros(batch.lengths.numel()).index_add(0, batch.response_index, token_logps)
         return PackedOutput(sums, token_logps, batch.lengths)
+
+    def _forward_padded(
+        self,
+        input_ids: Any = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        **options: Any,
+    ) -> Any:
+        rows = PaddedRows.of(input_ids, attention_mask, position_ids)
+        if labels is not None:
+            rows.check_labels(labels)
+        sharding = Sharding(self.unwrapped, self)
+        compiled, run = self._ready(sharding, "logits")
+        _check_batch(input_ids.device, int(rows.forest.tokens.max()), int(rows.forest.positions.max()), compiled)
+        self._count(rows)
+        if compiled.graph.pooling is not None:
+            slots = rows.pooled(compiled.graph.pooling.padding)
+            logits = run(_with_rows(rows.layout | {"predecessors": slots}, compiled), sharding)
+        else:
+            logits = rows.spread(run(_with_rows(rows.layout, compiled), sharding), logits_to_keep)
+        return usual_output(self.unwrapped, logits, labels, options)
+
+    def _count(self, rows: PaddedRows) -> None:
+        self.savings.add(rows)
+        if self.savings.batches == 1 and rows.forest.num_slots == rows.forest.lengths.sum():
+            _log.warning("the rows of the first padded batch share no beginning: packing saves its padding only")
 
     def _fingerprint(self, sharding: Sharding) -> Hashable:
         """All that a captured graph depends on besides the parameters' values, as far as it can be seen from outside.
@@ -257,33 +319,41 @@ def _adapters(module: nn.Module) -> Hashable:
     return getattr(module, "disable_adapters", None) is True, names
 
 
-def _not_a_pack(batch: Any, padded: dict[str, Any]) -> str:
-    what = type(batch).__name__ if batch is not None else "no batch"
-    if padded:
-        what = f"the keywords {', '.join(padded)}"
-        mask = padded.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all():
-            side = "left" if not mask[:, 0].all() else "right"
-            what += f" (rows of {mask.shape[1]} padded on the {side})"
+def _not_a_batch(batch: Any) -> str:
     return (
-        f"a packed model takes a PackedBatch, got {what}. Strip the padding and make a pack of prompts and responses: "
-        "packed(ppcompile.pack([ppcompile.Group(prompt=ids, responses=[ids, ids])]))"
+        f"a packed model takes a PackedBatch or a padded batch, got {type(batch).__name__}. Make a pack of prompts and "
+        "responses: packed(ppcompile.pack([ppcompile.Group(prompt=ids, responses=[ids, ids])])), "
+        "or pass padded rows: packed(input_ids=..., attention_mask=...)"
     )
 
 
-def _check_batch(batch: PackedBatch, compiled: Compiled) -> None:
+def _with_rows(layout: dict[str, Tensor], compiled: Compiled) -> dict[str, Tensor]:
+    """The layout, with rows of whole sequences where a module runs on such."""
+    if not compiled.graph.unshared:
+        return layout
+    rows = unpacked_rows(layout["segments"], layout["position_ids"])
+    return layout | dict(zip(ROW_INPUTS, rows, strict=True))
+
+
+def _as_rewards(values: Tensor) -> Tensor:
+    """float32 ``[R]`` of a model with one output, else ``[R, K]``."""
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    return wide[:, 0] if wide.dim() == 2 and wide.shape[1] == 1 else wide
+
+
+def _check_batch(device_of_batch: torch.device, max_token_id: int, max_position: int, compiled: Compiled) -> None:
     graph = compiled.graph
     device = graph.layout("input_ids").meta["val"].device
-    if batch.device != device:
+    if device_of_batch != device:
         raise ValueError(
-            f"the batch is on {batch.device} and the model on {device}; use packed(batch.to({str(device)!r}))"
+            f"the batch is on {device_of_batch} and the model on {device}; use packed(batch.to({str(device)!r}))"
         )
-    if graph.vocab_size is not None and batch.max_token_id >= graph.vocab_size:
-        raise ValueError(f"token id {batch.max_token_id} is outside the model's vocabulary of {graph.vocab_size}")
-    if graph.max_positions is not None and batch.max_position >= graph.max_positions:
-        longest = batch.max_position + 1
+    if graph.vocab_size is not None and max_token_id >= graph.vocab_size:
+        raise ValueError(f"token id {max_token_id} is outside the model's vocabulary of {graph.vocab_size}")
+    if graph.max_positions is not None and max_position >= graph.max_positions:
         raise ValueError(
-            f"a sequence of {longest} tokens is longer than the model's {graph.max_positions} positions; shorten it"
+            f"a sequence of {max_position + 1} tokens is longer than the model's {graph.max_positions} positions; "
+            "shorten it"
         )
     if torch.is_autocast_enabled(device.type):
         raise ValueError(

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -48,8 +48,11 @@ __all__ = ["Compiled", "Stage", "compile_model", "passes"]
 Pass = Callable[[PackGraph], PassResult]
 
 
-def passes(backend: str = "auto") -> tuple[Pass, ...]:
+def passes(backend: str = "auto", epilogue: str = "scores") -> tuple[Pass, ...]:
     """The passes in order, options bound."""
+
+    def insert_this_epilogue(graph: PackGraph) -> PassResult:
+        return insert_epilogue(graph, epilogue=epilogue)
 
     def lower_to_backend(graph: PackGraph) -> PassResult:
         return lower(graph, backend=backend)
@@ -60,7 +63,7 @@ def passes(backend: str = "auto") -> tuple[Pass, ...]:
         recognize_attention,
         rewrite_attention,
         rewrite_positions,
-        insert_epilogue,
+        insert_this_epilogue,
         token_demand,
         check_token_mixing,
         lower_to_backend,
@@ -107,13 +110,19 @@ class Compiled:
 
 
 def compile_model(
-    model: nn.Module, *, backend: str = "auto", keep_code: bool = False, sharding: Sharding | None = None
+    model: nn.Module,
+    *,
+    backend: str = "auto",
+    epilogue: str = "scores",
+    keep_code: bool = False,
+    sharding: Sharding | None = None,
 ) -> Compiled:
     """Capture ``model`` in its present mode and run every pass.
 
     Args:
         model: see :func:`ppcompile.wrap`.
         backend: attention backend, ``"auto"`` for the device's best.
+        epilogue: what the graph returns, see ``passes.insert_epilogue``.
         keep_code: keep the graph's code after each stage, for dumps and diffs.
         sharding: which modules of the model are sharded; none if not given.
 
@@ -127,7 +136,7 @@ def compile_model(
         try:
             # Modules that stay as they are are run while the graph is made.
             with sharding.gathered() if unshared else contextlib.nullcontext():
-                return _compile(model, backend, keep_code, unshared, sharding)
+                return _compile(model, passes(backend, epilogue), keep_code, unshared, sharding)
         except NotPackable as refused:
             refusals.append(refused.refusal)
             with sharding.gathered():
@@ -144,7 +153,9 @@ def _in_one(refusals: list[Refusal]) -> Refusal:
     return dataclasses.replace(first, reason="; ".join((first.reason, *later[-1:])))
 
 
-def _compile(model: nn.Module, backend: str, keep_code: bool, unshared: Unsharing, sharding: Sharding) -> Compiled:
+def _compile(
+    model: nn.Module, in_order: Sequence[Pass], keep_code: bool, unshared: Unsharing, sharding: Sharding
+) -> Compiled:
     start = time.perf_counter()
     watched = observe(model, unshared, call_model) if unshared else {}
     with sharding.weightless() as gathered:
@@ -153,7 +164,7 @@ def _compile(model: nn.Module, backend: str, keep_code: bool, unshared: Unsharin
     count = sum(graph.op_counts().values())
     compiled = Compiled(graph)
     compiled.stages.append(_stage("capture", start, 0, count, PassResult("capture"), graph, keep_code))
-    for run in passes(backend):
+    for run in in_order:
         start = time.perf_counter()
         result = run(graph)
         after = sum(graph.op_counts().values())

@@ -2,8 +2,8 @@
 
 The second net under the token-mixing proof. Four questions, each answered by running both:
 
-    forward       are the log-probabilities of every response token the same?
-    gradients     is the gradient of every parameter the same, for random weights on those log-probabilities?
+    forward       are the log-probabilities of every response token the same, or the rewards of every sequence?
+    gradients     is the gradient of every parameter the same, for random weights on those values?
     independence  does changing one segment leave everything outside its descendants as it was?
     spread        how far apart are two *unpacked* batchings of the same model? In low precision that is the yardstick,
                   and the model in float32 counts as one of them.
@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from .capture import call_model
-from .packed_model import PackedModel, wrap
+from .packed_model import PackedModel, PackedRewards, wrap
 from .runtime.batch import Group, PackedBatch, pack
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Mismatch", "Report", "example_batch", "unpacked_logps", "verify"]
+__all__ = ["Mismatch", "Report", "example_batch", "unpacked_logps", "unpacked_rewards", "verify"]
 
 FORWARD_TOLERANCE = 5e-5
 """Largest accepted difference of a token's log-probability, in nats, float32; or four times what two unpacked batchings
@@ -181,22 +181,46 @@ def unpacked_logps(model: nn.Module, batch: PackedBatch, *, extend: int = 0) -> 
     return torch.cat(found)
 
 
+def unpacked_rewards(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """The value of every sequence by the eager model, one sequence at a time: float32 ``[R]``, or ``[R, K]``."""
+    rows = [torch.as_tensor(sequence, device=batch.device)[None] for sequence in batch.sequences()]
+    values = torch.cat([call_model(model, row) for row in rows])
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    return wide[:, 0] if wide.shape[1] == 1 else wide
+
+
+def _packed_values(packed: PackedModel, batch: PackedBatch) -> Tensor:
+    output = packed(batch)
+    values: Tensor = output.rewards if isinstance(output, PackedRewards) else output.token_logps
+    return values
+
+
+def _unpacked_values(packed: PackedModel, model: nn.Module, batch: PackedBatch, *, extend: int = 0) -> Tensor:
+    """What ``packed`` is compared with. A value per sequence stands at its end: no longer row has the same."""
+    if packed.compiled().graph.pooling is not None:
+        return unpacked_rewards(model, batch)
+    return unpacked_logps(model, batch, extend=extend)
+
+
 def _measure(packed: PackedModel, eager: nn.Module, batch: PackedBatch, gradients: bool, seed: int) -> Report:
     ours, theirs, again = (
-        packed(batch).token_logps,
-        unpacked_logps(eager, batch),
-        unpacked_logps(eager, batch, extend=9),
+        _packed_values(packed, batch),
+        _unpacked_values(packed, eager, batch),
+        _unpacked_values(packed, eager, batch, extend=9),
     )
+    wide: nn.Module | None = None
+    if low_precision := any(p.dtype in (torch.bfloat16, torch.float16) for p in eager.parameters()):
+        wide = copy.deepcopy(eager).float()
     spread = (again - theirs).abs().max().item()
-    low_precision = any(p.dtype in (torch.bfloat16, torch.float16) for p in eager.parameters())
-    if low_precision:
-        spread = max(spread, _distance_to_float32(eager, batch, theirs.detach()))
+    if wide is not None:  # how far low precision itself moves the unpacked model
+        with torch.no_grad():
+            spread = max(spread, (_unpacked_values(packed, wide, batch) - theirs).abs().max().item())
     gradient, where, gradient_limit = None, "", GRADIENT_TOLERANCE
     if gradients:
         weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(seed)).to(ours.device)
-        mine, reference, other = (_gradients(eager, logps, weights) for logps in (ours, theirs, again))
-        if low_precision:
-            float32 = _float32_gradients(eager, batch, weights)
+        mine, reference, other = (_gradients(eager, values, weights) for values in (ours, theirs, again))
+        if wide is not None:
+            float32 = _gradients(wide, _unpacked_values(packed, wide, batch), weights)
             gradient_limit = _SPREADS * max(_largest_difference(g, reference, 0)[0] for g in (other, float32))
         gradient, where = _largest_difference(mine, reference, 0 if low_precision else _SPREADS / gradient_limit, other)
     return Report(
@@ -210,17 +234,6 @@ def _measure(packed: PackedModel, eager: nn.Module, batch: PackedBatch, gradient
         tokens=ours.numel(),
         sites=len(packed.compiled().graph.sites),
     )
-
-
-def _distance_to_float32(eager: nn.Module, batch: PackedBatch, logps: Tensor) -> float:
-    """How far low precision itself moves the unpacked model."""
-    with torch.no_grad():
-        return (unpacked_logps(copy.deepcopy(eager).float(), batch) - logps).abs().max().item()
-
-
-def _float32_gradients(eager: nn.Module, batch: PackedBatch, weights: Tensor) -> dict[str, Tensor]:
-    wide = copy.deepcopy(eager).float()
-    return _gradients(wide, unpacked_logps(wide, batch), weights)
 
 
 def _gradients(model: nn.Module, logps: Tensor, weights: Tensor) -> dict[str, Tensor]:
@@ -256,7 +269,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 def _independence(packed: PackedModel, batch: PackedBatch, before: Tensor) -> float:
     """The perturbation probe: change the tokens of each segment in turn; nothing outside its descendants may move."""
     vocabulary = packed.compiled().graph.vocab_size or 32
-    slots = _scored_slots(batch)
+    slots = _slots_of_values(packed, batch)
     worst = 0.0
     for start, end, subtree, _ in batch.segments.tolist():
         elsewhere = (slots < start) | (slots >= subtree)
@@ -265,13 +278,15 @@ def _independence(packed: PackedModel, batch: PackedBatch, before: Tensor) -> fl
         changed = batch.input_ids.clone()
         changed[0, start:end] = (changed[0, start:end] + 1) % vocabulary
         with torch.no_grad():
-            after = packed(dataclasses.replace(batch, input_ids=changed)).token_logps
+            after = _packed_values(packed, dataclasses.replace(batch, input_ids=changed))
         worst = max(worst, (after - before)[elsewhere].abs().max().item())
     return worst
 
 
-def _scored_slots(batch: PackedBatch) -> Tensor:
-    """int64 ``[M]``, the slot of each scored token."""
+def _slots_of_values(packed: PackedModel, batch: PackedBatch) -> Tensor:
+    """The slot of each value that is compared: of each scored token, ``[M]``, or of each sequence's last, ``[R]``."""
+    if packed.compiled().graph.pooling is not None:
+        return batch.last_slots
     positions = batch.scored_positions.cpu().split(batch.lengths.tolist())
     of_sequence = [torch.as_tensor(slots)[at] for slots, at in zip(batch.sequence_slots(), positions, strict=True)]
     return torch.cat(of_sequence).to(batch.device)
