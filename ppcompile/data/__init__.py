@@ -6,7 +6,8 @@
     batch = ppcompile.pack([tokens.entry])            # a Group, or Rollouts where not all of a response is scored
 
 Accepted spellings are listed in :mod:`ppcompile.data.records`. ``ppcompile.PackedDataLoader`` does all of this and
-packs; :class:`TokenizedDataset`, :class:`PackBatchSampler` and :class:`PackCollator` are for a ``DataLoader`` of one's own.
+packs; for a ``DataLoader`` of one's own there are :class:`TokenizedDataset`, :class:`PackBatchSampler` and
+:class:`PackCollator`.
 
 **Pairs.** ``(winner, loser)`` indices into the responses. With scores, the best response wins against each strictly
 worse one (the first of several equally good ones is taken): N responses give at most N - 1 pairs, so that a group

@@ -22,7 +22,8 @@ tokenize it again up to where it was. The methods are those of ``torchdata`` and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,7 @@ class PackedDataLoader:
         self.report = plans.report
         return numbered(plans, start)
 
-    def _stream(self, epoch: int) -> Iterable[Sample]:
+    def _stream(self, epoch: int) -> Iterator[Sample]:
         """Samples of one epoch, read as they are asked for."""
         if self._used_up:
             raise ValueError(
@@ -256,7 +257,8 @@ class PackedDataLoader:
         order = np.random.default_rng((self.packing.seed, epoch)) if self.packing.shuffle else None
         self.read = SampleFilter(self.read.on_bad)
         rows = read_rows(self.dataset, order)
-        return self.read.kept(read_samples(rows, self._reader, self.num_workers, self._context))
+        with closing(read_samples(rows, self._reader, self.num_workers, self._context)) as found:
+            yield from self.read.kept(found)
 
 
 class _Writer(Dataset[tuple[PreferenceBatch, Position]]):

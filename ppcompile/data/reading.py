@@ -6,7 +6,7 @@ This process reads, so that a data set of any kind is read once whatever the num
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -45,8 +45,8 @@ def read_rows(dataset: Any, order: np.random.Generator | None = None) -> Iterato
 
 def read_samples(
     rows: Iterable[Row], reader: SampleReader, num_workers: int = 0, multiprocessing_context: Any = None
-) -> Iterator[Sample | BadRecord]:
-    """Rows as samples, in order."""
+) -> Generator[Sample | BadRecord, None, None]:
+    """Rows as samples, in order. Close it when something fails half-way, so that the workers end."""
     chunks = load(
         _Chunks(reader), _chunked(rows), num_workers=num_workers, multiprocessing_context=multiprocessing_context
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -50,8 +51,8 @@ class TokenizedDataset(Dataset[Sample]):
         """
         self.read = SampleFilter(on_bad)
         reader = SampleReader.of(tokenizer, unscored, pairs)
-        found = read_samples(read_rows(dataset), reader, num_workers, multiprocessing_context)
-        self.samples = list(self.read.kept(found))
+        with closing(read_samples(read_rows(dataset), reader, num_workers, multiprocessing_context)) as found:
+            self.samples = list(self.read.kept(found))
 
     def __getitem__(self, index: int) -> Sample:
         return self.samples[index]

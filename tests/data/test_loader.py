@@ -534,6 +534,10 @@ def test_records_beyond_the_budget_follow_the_policy_and_are_called_by_their_pla
         epoch(PackedDataLoader(file, oversize="split", **options))
     apart = PackedDataLoader(file, oversize="split", pairs=False, **options)
     assert sorted(rows(epoch(apart))) == [0, 1, 2, 2, 3]
+    for batch in apart:
+        of_group = torch.repeat_interleave(batch.group_index, batch.group_sizes).tolist()
+        places = zip(of_group, batch.sequence_index.tolist(), strict=True)
+        assert batch.scores.tolist() == [data[row]["scores"][n] for row, n in places]
 
 
 @pytest.mark.parametrize(
@@ -609,3 +613,18 @@ def test_what_an_index_cannot_say_is_refused():
         PackBatchSampler(groups(3))
     with pytest.raises(ValueError, match="oversize='split' is not accepted; an index stands for a whole record"):
         PackBatchSampler(TokenizedDataset(groups(3)), oversize="split")
+
+
+def test_accelerate_leaves_the_loader_as_it_is():
+    accelerate = pytest.importorskip("accelerate")
+    loader = PackedDataLoader(groups(20), rank=1, world_size=2, **SMALL)
+    assert accelerate.Accelerator(cpu=True).prepare(loader) is loader
+
+
+def test_pairs_and_scores_are_pinned_with_the_rest(make_tokenizer, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor), tensor)[1])
+    (batch,) = PackedDataLoader(records(3), tokenizer=make_tokenizer())
+    again = batch.pin_memory()
+    assert type(again) is type(batch)
+    assert {id(batch.pairs), id(batch.scores), id(batch.input_ids)} <= set(map(id, pinned))
