@@ -166,7 +166,7 @@ def _prove(call: UnsharedCall, given: Sequence[fx.Node], rows: _Rows, brief: boo
             raise NotPackable(Refusal(reason, call.path, call.kind))
     if any(p.device.type == "meta" for p in call.module.wrapped.parameters()):
         return  # taken at its word; wrapping real weights proves it
-    finding = prove_causal(call, lambda length: rows.at(given, length), brief=brief)
+    finding = prove_causal(call, lambda length: rows.at(given, length), longest=rows.graph.max_positions, brief=brief)
     if finding is not None:
         reason = f"{call.path} cannot run on rows of whole sequences either: {finding}"
         # What is not causal inside is not causal outside.

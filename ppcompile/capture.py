@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from .capture_checks import branches_on_length, nothing_escapes
+from .capture_checks import branches_on_length, longest_rows, nothing_escapes
 from .early_refusals import RefuseEarly
 from .module_trail import ModuleTrail
 from .passes.base import NotPackable, PackGraph, Refusal
@@ -58,16 +58,17 @@ def call_model(model: nn.Module, input_ids: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """Wrappers such as peft's pass keywords on without naming them: there the configuration switches the cache off."""
+    # A model of several parts has a configuration for each.
     config = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if config is None or not before:
-        yield
-        return
-    config.use_cache = False
+    parts: list[Any] = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    switched = [part for part in parts if getattr(part, "use_cache", False)]
+    for part in switched:
+        part.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = before
+        for part in switched:
+            part.use_cache = True
 
 
 class _Captured(nn.Module):
@@ -192,6 +193,8 @@ def _lift(exported: ExportedProgram, model: nn.Module, trail: ModuleTrail) -> Pa
     length = inputs["input_ids"].meta["val"].shape[1].node.expr
     scored = inputs["targets"].meta["val"].shape[0].node.expr
     graph = PackGraph(graph_module, length, scored, state, constants, values, frozenset(parameters))
+    for rows, condition in longest_rows(exported, length):
+        graph.limit_positions(rows, f"its code, which goes another way unless {condition}")
     longest = exported.range_constraints[length].upper
     if longest.is_Integer:
         graph.limit_positions(int(longest))

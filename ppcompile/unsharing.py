@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .capture_checks import Attributes
+from .foreign_tensors import ForeignTensors, own_tensors
 from .passes.base import NotPackable, Refusal
 from .passes.unshare import Axes, UnsharedCall
 from .runtime import ops
@@ -95,10 +96,27 @@ class _Nest:
 
 @dataclass
 class _Seen:
-    """One call of one module."""
+    """One call of one module: copies of what went in and out, and the random state before and after."""
 
     given: _Nest
+    random: _RandomState
+    versions: list[int]
     returned: _Nest | None = None
+    random_after: _RandomState | None = None
+    overwrites: bool = False
+
+
+class _RandomState:
+    """Of the CPU and all GPUs, to draw the same numbers again."""
+
+    def __init__(self) -> None:
+        self._cpu = torch.random.get_rng_state()
+        self._gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self) -> None:
+        torch.random.set_rng_state(self._cpu)
+        if self._gpus:
+            torch.cuda.set_rng_state_all(self._gpus)
 
 
 @dataclass(eq=False)
@@ -113,6 +131,11 @@ class Watched:
 def observe(model: nn.Module, why: Mapping[str, str], run: Callable[[nn.Module, Tensor], Any]) -> dict[str, Watched]:
     """Run the model on three small batches and find the axes of what the modules take and return.
 
+    Then make sure that what was seen is all there is: a module alone, on what it was given in the first batch, must
+    return what it returned then (else it reads something else, too), and the model must make the same logits when the
+    modules' results are handed out without running them (else they leave something else behind, too). Other batches ran
+    in between, so that nothing is left over from the first one.
+
     Args:
         model: the user's model; its buffers and attributes are left as found.
         why: paths of modules, and what kept them from being packed.
@@ -121,51 +144,137 @@ def observe(model: nn.Module, why: Mapping[str, str], run: Callable[[nn.Module, 
     Raises:
         CannotWatch: the model fails on such batches.
     """
+    own = {path: own_tensors(model.get_submodule(path)) for path in why}
     small = ((1, _LENGTHS[0]), (1, _LENGTHS[1]), (_ROWS, _LENGTHS[0]))
+    ids = [_ids(model, *size, seed) for seed, size in enumerate(small)]
     try:
-        seen = [_watch(model, why, run, rows, length) for rows, length in small]
+        seen, logits = zip(*(_watch(model, why, run, batch) for batch in ids), strict=True)
     # A model that cannot run on such rows may raise anything.
     except Exception as error:
         raise CannotWatch(f"the model fails on {_ROWS} rows of {_LENGTHS[0]} tokens: {error}") from error
-    return {path: _understood(model, path, why[path], [calls[path] for calls in seen]) for path in why}
+    found = {path: _understood(model, path, why[path], [calls[path] for calls in seen]) for path in why}
+    if logits[0].device.type != "meta":
+        # First of all, while what the modules left behind is that of another batch.
+        replayed = {path: seen[0][path] for path, watched in found.items() if not watched.unfit}
+        if replayed and not _alike(_replay(model, replayed, run, ids[0]), logits[0]):
+            for path in replayed:
+                found[path].unfit = "it leaves something behind that other modules read"
+        for path, watched in found.items():
+            watched.unfit = watched.unfit or _reads_more(model, seen[0][path], watched, own[path])
+    return found
+
+
+def _ids(model: nn.Module, rows: int, length: int, seed: int) -> Tensor:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, _vocabulary(model), (rows, length), generator=generator).to(device)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Token ids that the model surely knows: those of its configuration, else of its smallest table."""
+    config: Any = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        return int(config.get_text_config().vocab_size)
+    return min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
 
 
 def _watch(
-    model: nn.Module, paths: Collection[str], run: Callable[[nn.Module, Tensor], Any], rows: int, length: int
-) -> dict[str, list[_Seen]]:
+    model: nn.Module, paths: Collection[str], run: Callable[[nn.Module, Tensor], Any], ids: Tensor
+) -> tuple[dict[str, list[_Seen]], Tensor]:
+    """The calls of each module while the model runs, and the logits."""
     calls: dict[str, list[_Seen]] = {path: [] for path in paths}
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    ids = torch.arange(rows * length, device=device).view(rows, length) % 2
     with contextlib.ExitStack() as stack:
         for path in paths:
             module = model.get_submodule(path)
             stack.callback(module.register_forward_pre_hook(_note_given(calls[path]), with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(_note_returned(calls[path])).remove)
-        stack.enter_context(_left_as_found(model))
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(torch.no_grad())
-        run(model, ids)
-    return calls
+            stack.callback(module.register_forward_hook(_note_returned(calls[path]), with_kwargs=True).remove)
+        stack.enter_context(_trying(model))
+        return calls, run(model, ids)
+
+
+@contextlib.contextmanager
+def _trying(model: nn.Module) -> Iterator[None]:
+    with _left_as_found(model), torch.random.fork_rng(), torch.no_grad():
+        yield
 
 
 def _note_given(calls: list[_Seen]) -> Callable[..., None]:
     def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls.append(_Seen(_nest((args, kwargs))))
+        calls.append(_Seen(_copied((args, kwargs)), _RandomState(), _versions((args, kwargs))))
 
     return note
 
 
 def _note_returned(calls: list[_Seen]) -> Callable[..., None]:
-    def note(_module: nn.Module, _args: Any, output: Any) -> None:
-        waiting = next(call for call in reversed(calls) if call.returned is None)
-        waiting.returned = _nest(output)
+    def note(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call = next(call for call in reversed(calls) if call.returned is None)
+        call.returned, call.random_after = _copied(output), _RandomState()
+        call.overwrites = _versions((args, kwargs)) != call.versions
 
     return note
 
 
+def _versions(value: Any) -> list[int]:
+    return [leaf._version for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+
+
 def _nest(value: Any) -> _Nest:
-    leaves, spec = tree_flatten(value)
-    return _Nest([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+    return _Nest(*tree_flatten(value))
+
+
+def _copied(value: Any) -> _Nest:
+    nest = _nest(value)
+    nest.leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in nest.leaves]
+    return nest
+
+
+# --------------------------------------------------------------------------- nothing else goes in or out
+
+
+def _reads_more(model: nn.Module, calls: Sequence[_Seen], watched: Watched, own: Sequence[Tensor]) -> str:
+    """What is wrong if the module alone reads a tensor of others, or does not return what it did inside the model."""
+    for call, (unshared, _, _) in zip(calls, watched.calls, strict=True):
+        with _trying(model):
+            call.random.restore()
+            given = [tensor.clone() for tensor in call.given.tensors]
+            with ForeignTensors([*own, *given]) as foreign:
+                alone = unshared.module(*given)
+        if foreign.found is not None:
+            return f"{foreign.found} in it reads a tensor that it is not called with"
+        if call.returned is None or not all(map(_alike, alone, call.returned.tensors)):
+            return "it reads something that it is not called with"
+    return ""
+
+
+def _replay(
+    model: nn.Module, calls: Mapping[str, Sequence[_Seen]], run: Callable[[nn.Module, Tensor], Any], ids: Tensor
+) -> Tensor:
+    """The logits of the model whose modules hand out what they returned before, and do nothing else."""
+    handing = {path: _handing_out(seen) for path, seen in calls.items()}
+    with _trying(model), _forwards_replaced(model, handing):
+        logits: Tensor = run(model, ids)
+        return logits
+
+
+def _handing_out(calls: Sequence[_Seen]) -> Callable[..., Any]:
+    waiting = iter(calls)
+
+    def forward(*_args: Any, **_kwargs: Any) -> Any:
+        call = next(waiting)
+        assert call.returned is not None
+        assert call.random_after is not None
+        call.random_after.restore()
+        leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in call.returned.leaves]
+        return tree_unflatten(leaves, call.returned.spec)
+
+    return forward
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """The same computation on the same numbers: equal but for kernels that add up in no fixed order."""
+    if a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()), equal_nan=True)
 
 
 @contextlib.contextmanager
@@ -202,6 +311,7 @@ def _understood(model: nn.Module, path: str, why: str, runs: list[list[_Seen]]) 
         given = [call.given for call in calls]
         returned = [call.returned for call in calls if call.returned is not None]
         finding = _unfit(given) or (_unfit(returned) if len(returned) == len(calls) else "a call did not return")
+        finding = finding or ("it overwrites what it is given" if any(call.overwrites for call in calls) else "")
         if finding:
             watched.unfit = finding
             return watched
@@ -267,11 +377,17 @@ def _bad_axes(inputs: Sequence[Axes | None], outputs: Sequence[Axes | None]) -> 
 @contextlib.contextmanager
 def standing_in(model: nn.Module, watched: Mapping[str, Watched]) -> Iterator[None]:
     """While the model is captured, let a marker stand for each watched module."""
-    modules = {path: model.get_submodule(path) for path in watched}
+    with _forwards_replaced(model, {path: _marker(module) for path, module in watched.items()}):
+        yield
+
+
+@contextlib.contextmanager
+def _forwards_replaced(model: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    modules = {path: model.get_submodule(path) for path in forwards}
     before = {path: module.__dict__.get("forward") for path, module in modules.items()}
     try:
         for path, module in modules.items():
-            module.__dict__["forward"] = _marker(watched[path])
+            module.__dict__["forward"] = forwards[path]
         yield
     finally:
         for path, module in modules.items():

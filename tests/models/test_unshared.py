@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import zoo
@@ -101,3 +103,73 @@ def test_a_module_that_keeps_state_is_refused() -> None:
 
     with pytest.raises(ppcompile.NotPackable):
         ppcompile.wrap(zoo.sharpen(zoo.PlainGPT(mixer=Remembers)).eval())
+
+
+class Asks(zoo.RunningSum):
+    """Reads the token ids from a list that the model fills: they are no argument."""
+
+    ids: list[Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (self.ids[0] == 5).any()
+
+
+class Fills(zoo.PlainGPT):
+    def __init__(self) -> None:
+        super().__init__(mixer=Asks)
+        for block in self.blocks:
+            block.mixer.ids = []
+
+    def forward(self, ids: Tensor) -> Tensor:
+        for block in self.blocks:
+            block.mixer.ids[:] = [ids]
+        return super().forward(ids)
+
+
+class Tells(zoo.RunningSum):
+    """Leaves its result in a list that the model reads later."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.told: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.told[:] = [x[:, :1].clone()]
+        return super().forward(x)
+
+
+class Listens(zoo.PlainGPT):
+    def __init__(self) -> None:
+        super().__init__(mixer=Tells)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        for block in self.blocks:
+            x = block(x) + block.mixer.told[0]
+        return self.head(self.norm(x))
+
+
+class Overwrites(zoo.RunningSum):
+    def forward(self, x: Tensor) -> Tensor:
+        x.add_(x.cumsum(1))
+        return self.linear(x)
+
+
+def test_a_module_that_overwrites_its_input_is_kept_together_with_what_gave_it() -> None:
+    packed = ppcompile.wrap(zoo.sharpen(zoo.PlainGPT(mixer=Overwrites)).eval(), verify=True)
+    assert {call.path for call in packed.compiled().graph.unshared.values()} == {"blocks.0", "blocks.1"}
+
+
+@pytest.mark.parametrize("build", [Fills, Listens])
+def test_what_goes_in_or_out_unseen_is_refused(build: Callable[[], nn.Module]) -> None:
+    with pytest.raises(ppcompile.NotPackable):
+        ppcompile.wrap(zoo.sharpen(build()).eval())
+
+
+def test_a_branch_that_only_long_rows_take_is_refused() -> None:
+    class LongRows(zoo.RunningSum):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (2 if x.shape[1] > 1000 else 1)
+
+    with pytest.raises(ppcompile.NotPackable, match="in a row of"):
+        ppcompile.wrap(zoo.sharpen(zoo.PlainGPT(mixer=LongRows)).eval())
