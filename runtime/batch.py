@@ -49,6 +49,11 @@ _ON_HOST = (
 class StepTotals:
     """What one optimizer step holds over all ranks: the denominators of a loss that is a mean over the step.
 
+    Packs hold different numbers of groups, so a mean over each pack would weigh them unequally. Sum instead, and divide
+    by what the whole step holds; where gradients are averaged over ranks, as DDP and FSDP do, multiply by their number:
+
+        (losses.sum() * world_size / batch.step.weight).backward()
+
     Attributes:
         index: which step of the epoch, from 0.
         packs: packs of the step, on all ranks.

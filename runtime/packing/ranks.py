@@ -40,7 +40,7 @@ class Dealer:
     Args:
         world_size: ranks.
         packs_per_step: rows of a step.
-        at_once: how many packs are sorted by cost together; more where a step needs more.
+        at_once: how many packs are sorted by cost and dealt together; more where a step needs more.
         cost: what is balanced.
         share: ``"prompt"`` or ``"tree"``.
         sort: rows in order of falling cost.
@@ -63,7 +63,7 @@ class Dealer:
         report: PackingReport,
     ) -> None:
         self.world_size, self.packs_per_step = world_size, packs_per_step
-        self.at_once = max(at_once, 2 * world_size * packs_per_step)
+        self.at_once = max(at_once, (packs_per_step + 1) * world_size)  # a step, and a row that is held back
         self.cost, self.share, self.sort, self.split_groups = cost, share, sort, split_groups
         self.rng, self.report = rng, report
         self._done = np.zeros(world_size)  # cost of what each rank got so far
