@@ -12,7 +12,7 @@ from ppcompile.verification import unpacked_logps
 
 
 def conversations() -> list:
-    """Three levels of sharing, a duplicate, a rollout that begins another, a token scored in one and not in the next."""
+    """Three levels of sharing, a duplicate, a rollout that begins another, tokens scored in one and not in the next."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
