@@ -36,14 +36,14 @@ def test_a_row_longer_than_the_position_table_is_fine(packed: ppcompile.PackedMo
 
 
 def test_not_a_batch(packed: ppcompile.PackedModel) -> None:
-    with pytest.raises(TypeError, match=r"takes a PackedBatch, got Tensor\. .*ppcompile\.pack"):
-        packed(torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"takes a PackedBatch or a padded batch, got str\. .*ppcompile\.pack"):
+        packed("text")
 
 
-def test_a_left_padded_batch(packed: ppcompile.PackedModel) -> None:
-    ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 4]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    with pytest.raises(TypeError, match=r"input_ids, attention_mask .rows of 4 padded on the left"):
-        packed(input_ids=ids, attention_mask=mask)
+def test_a_pack_with_more_beside_it(packed: ppcompile.PackedModel) -> None:
+    batch = ppcompile.pack([ppcompile.Group([1], [[2]])])
+    with pytest.raises(TypeError, match="a pack holds all that the model needs, and attention_mask came with it"):
+        packed(batch, attention_mask=torch.ones(1, 2))
 
 
 def test_the_wrong_mode_is_refused_when_it_matters() -> None:
