@@ -76,11 +76,13 @@ class Budget:
         """
         if self._fits(item.record):
             return [item]
+        lost = report.cut_tokens
         if self.split_groups:
             short, long = self._by_length(item)
             found = [*short, *(part for one in long for part in self._apply(self.policies, one, report))]
         else:
             found = self._apply(self.policies, item, report)
+        report.cut_groups += report.cut_tokens > lost
         dropped = len(item.sequences) - sum(len(part.sequences) for part in found)
         if dropped:
             report.dropped_groups += 1
@@ -115,7 +117,6 @@ class Budget:
         if cut is None:
             return self._apply(others, item, report)
         lost = size_of(item.record, self.share) - size_of(cut, self.share)
-        report.cut_groups += 1
         report.cut_tokens += lost
         report.add_example(f"cut {lost:,} tokens ({policy}) of {self._describe(item)}")
         return [replace(item, record=cut)]

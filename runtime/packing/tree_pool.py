@@ -117,7 +117,7 @@ class TreePool(Pool):
             best[a - first + 1 : b - first] = np.maximum(left, right)
         here = self._place[first:stop]
         before, within = self._known[here], self._within[here]
-        known = np.maximum(before, np.minimum(best, self._lengths[here]))
+        known = np.maximum(before, best)  # of the new ones themselves it is never asked again
         self._known[here] = known
         spared = (np.maximum(known, within) - np.maximum(before, within)) * self._here[here]
         np.subtract.at(self.needs, self._owner[here], spared)

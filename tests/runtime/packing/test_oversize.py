@@ -81,6 +81,8 @@ def test_what_one_policy_cannot_do_the_next_one_may():
     parts, report = fit(GROUP, 8, "split", "keep_start")
     assert sorted(sequences(parts)) == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 7, 8, 9]]
     assert (report.cut_groups, report.cut_tokens, report.dropped_sequences) == (1, 1, 0)
+    parts, report = fit(GROUP, 6, "split", "keep_start")
+    assert (report.cut_groups, report.cut_tokens) == (1, 4), "two sequences of one group"
     parts, report = fit(GROUP, 8, "split", "drop")
     assert sorted(sequences(parts)) == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 8, 9]]
     assert (report.dropped_groups, report.dropped_sequences) == (1, 1)
