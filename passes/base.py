@@ -122,7 +122,8 @@ class PackGraph:
         constants: input name -> tensor lifted from the model's code.
         values: input name -> the tensor behind it, for reading tables and masks and for numerical proofs.
         parameters: the input names that stand for parameters, whose values training changes.
-        max_positions: positions the model has tables for, or ``None`` if unlimited.
+        max_positions: tokens of the longest sequence that the model is known to take, or ``None`` if unlimited.
+        limited_by: what says so.
         branches: choices that the model's code made on the row's length while it was captured.
         vocab_size: number of token ids the model has embeddings for, if known.
         sites: attention sites, filled by the recognize pass.
@@ -139,6 +140,7 @@ class PackGraph:
     values: Mapping[str, torch.Tensor]
     parameters: frozenset[str] = frozenset()
     max_positions: int | None = None
+    limited_by: str = ""
     branches: list[Refusal] = field(default_factory=list)
     vocab_size: int | None = None
     sites: list[Any] = field(default_factory=list)
@@ -175,9 +177,10 @@ class PackGraph:
         """``node``'s shape as a reshape takes it: the axis of tokens is left to be inferred."""
         return [-1 if self.is_length(size) else int(size) for size in shape_of(node)]
 
-    def limit_positions(self, count: int) -> None:
+    def limit_positions(self, count: int, by: str = "its tables of positions") -> None:
         """Positions from ``count`` on are known not to work, or not known to."""
-        self.max_positions = count if self.max_positions is None else min(self.max_positions, count)
+        if self.max_positions is None or count < self.max_positions:
+            self.max_positions, self.limited_by = count, by
 
     def nodes(self) -> Iterator[fx.Node]:
         """All nodes: those of :attr:`graph`, then those of each layer's body, once."""

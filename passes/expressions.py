@@ -28,6 +28,7 @@ from ..runtime.program import DTYPES, OPS
 
 __all__ = [
     "HIDDEN",
+    "LENGTH",
     "Capture",
     "Const",
     "Expr",
@@ -45,6 +46,7 @@ __all__ = [
     "to_program",
     "variables",
     "walk",
+    "without_length",
 ]
 
 Relation = Literal["past", "future", "self"]
@@ -88,6 +90,9 @@ class Op:
 Expr: TypeAlias = "Const | Var | Capture | Op"
 
 HIDDEN = Const(-math.inf)
+LENGTH = Var("T")
+"""The number of tokens in the row: a score may depend on it only as :func:`without_length` says."""
+
 _HIDING = -1e4
 """A constant at or below this takes a key out of the softmax: ``exp(-1e4 + s - max)`` is 0 in float32 and
 below for any score within 9,000 of the row's maximum. Models write -inf, finfo.min, -1e9, -65504 or -1e4."""
@@ -231,6 +236,9 @@ def simplify(expr: Expr, relation: Relation | None = None) -> Expr:
             return {Var("k"): Var("q"), Var("j"): Var("i")}.get(node, node)
         if not isinstance(node, Op):
             return node
+        if node.name == "at" and relation == "past":
+            # Backends compute hidden pairs too, and drop them: an index must stay inside its table there as well.
+            return Op("at", tuple(simplify(arg) for arg in node.args))
         if node not in memo:
             memo[node] = _fold(Op(node.name, tuple(visit(arg) for arg in node.args)), relation)
         return memo[node]
@@ -409,6 +417,48 @@ def _recombine_division(expr: Op) -> Expr | None:
     quotient, n = product.args
     same = isinstance(quotient, Op) and quotient.name == "floordiv" and quotient.args == (rest.args[0], n)
     return rest.args[0] if same and rest.args[1] == n else None
+
+
+# --------------------------------------------------------------------------- the row's length
+
+
+def without_length(score: Expr) -> Expr | None:
+    """``score`` with the number of tokens replaced by that up to the query, if a softmax does not see the difference.
+
+    It does not where the length stands in terms that are alike for all keys of a query, such as the last of
+    ``s + slope * k - slope * T``. None if it stands elsewhere.
+    """
+    if LENGTH.name not in variables(score):
+        return score
+    if not _length_is_alike_for_all_keys(score):
+        return None
+    return simplify(_replaced(score, LENGTH, Op("add", (Var("q"), Const(1)))))
+
+
+_OF_THE_KEY = {"s", "k", "j"}
+
+
+def _length_is_alike_for_all_keys(expr: Expr) -> bool:
+    """True if ``expr`` is a sum in which no term has both the length and the key."""
+    names = variables(expr)
+    if LENGTH.name not in names or not names & _OF_THE_KEY:
+        return True
+    if not isinstance(expr, Op):
+        return False
+    if expr.name in ("add", "sub", "neg"):
+        return all(_length_is_alike_for_all_keys(arg) for arg in expr.args)
+    if expr.name == "mul":  # a factor that is alike for all keys leaves such terms as they are
+        return any(
+            not variables(factor) & {*_OF_THE_KEY, LENGTH.name} and _length_is_alike_for_all_keys(other)
+            for factor, other in (expr.args, expr.args[::-1])
+        )
+    return False
+
+
+def _replaced(expr: Expr, old: Expr, new: Expr) -> Expr:
+    if expr == old:
+        return new
+    return Op(expr.name, tuple(_replaced(arg, old, new) for arg in expr.args)) if isinstance(expr, Op) else expr
 
 
 # --------------------------------------------------------------------------- masks

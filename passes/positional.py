@@ -62,7 +62,7 @@ class PositionalValues:
             return None
         found = _affine(short, long, where[axes[0]]) if axes else _equal(short, long)
         if found is not None and self._has_length(node):
-            self.graph.limit_positions(lengths[1])
+            self.graph.limit_positions(lengths[1], "the lengths at which its tables were compared")
         return found
 
     def known_table(self, node: fx.Node, where: Sequence[Expr]) -> Expr | None:
@@ -88,7 +88,7 @@ class PositionalValues:
         short, long = (self.evaluate(node, length) for length in lengths)
         if short is None or long is None:
             return False
-        self.graph.limit_positions(lengths[1])
+        self.graph.limit_positions(lengths[1], "the lengths at which its tables were compared")
         for axis in self.graph.token_axes(node):
             long = long.narrow(axis, 0, lengths[0])
         return torch.equal(short, long)

@@ -98,15 +98,15 @@ class PullBack:
 
     def _token_data(self, node: fx.Node, where: Coordinates) -> Expr:
         """Follow pointwise ops and views of token data as well; stop where that ends, at a value per slot."""
+        cause = Opaque(node, f"{op_name(node)} depends on the tokens, and there is no rule to read it")
         try:
             if (rule := READERS.get(op_family(node))) is not None:
                 return rule(self, node, where)
-            reason = f"no rule to read {op_name(node)}"
-        except Opaque as opaque:
-            reason = opaque.reason
+        except Opaque as deeper:  # of what is no tensor, the model's source line says little
+            cause = deeper if is_tensor(deeper.node) else Opaque(node, deeper.reason)
         axes = self.graph.token_axes(node)
         if len(axes) != 1 or where[axes[0]] not in _SLOTS:
-            raise Opaque(node, f"{op_name(node)} depends on the tokens and mixes them: {reason}")
+            raise cause
         return at(node, *(_SLOTS[w] if axis in axes else w for axis, w in enumerate(where)))
 
     def _is_table_of_heads(self, node: fx.Node, where: Coordinates) -> bool:

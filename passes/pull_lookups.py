@@ -56,6 +56,12 @@ def gather(reader: Reader, node: fx.Node, where: Coordinates) -> Expr:
     return _looked_up(reader, node, source, (*where[:axis], place, *where[axis + 1 :]))
 
 
+@reads("scatter")
+def scatter(reader: Reader, node: fx.Node, where: Coordinates) -> Expr:
+    """Places that are written are known only once the row is."""
+    raise Opaque(node, "each query sees the keys that it picks from the whole row (sparse attention)")
+
+
 def _looked_up(reader: Reader, node: fx.Node, source: fx.Node, where: Coordinates) -> Expr:
     """``source`` at computed coordinates. A negative one counts from the end, which only a real table can do."""
     if not any(may_be_negative(w) for w in where):

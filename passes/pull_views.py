@@ -6,11 +6,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
+from torch.utils._sympy.functions import Max
 
 from .base import PackGraph, argument, axis_argument, op_family, operands, shape_of
 from .coordinates import ZERO, Coordinates, Opaque, Reader, reads
-from .expressions import Capture, Const, Expr, Op, simplify, variables, walk
+from .expressions import LENGTH, Capture, Const, Expr, Op, simplify, variables, walk
 
 __all__ = ["VIEWS"]
 
@@ -113,11 +115,33 @@ def repeat_interleave(reader: Reader, node: fx.Node, where: Coordinates) -> Expr
 def slice_(reader: Reader, node: fx.Node, where: Coordinates) -> Expr:
     """``source[start::step]``; where it ends does not matter to what is in it."""
     source = operands(node)[0]
-    axis, start, step = axis_argument(node, len(where)), argument(node, "start") or 0, argument(node, "step")
-    if not isinstance(start, int) or start < 0 or not isinstance(step, int):
+    axis, step = axis_argument(node, len(where)), argument(node, "step")
+    start = _start(reader.graph, argument(node, "start") or 0, shape_of(source)[axis])
+    if start is None or not isinstance(step, int):
         raise Opaque(node, "a slice that counts from the end or from a computed place")
-    moved = Op("add", (Op("mul", (where[axis], Const(step))), Const(start)))
+    moved = Op("add", (Op("mul", (where[axis], Const(step))), start))
     return reader.read(source, (*where[:axis], simplify(moved), *where[axis + 1 :]))
+
+
+def _start(graph: PackGraph, start: Any, size: Any) -> Expr | None:
+    """Where a slice begins: at a place, or at the last T of N places, which limits rows to N tokens."""
+    if isinstance(start, int):
+        return Const(start) if start >= 0 else None
+    value = start.meta.get("val")
+    if not isinstance(value, torch.SymInt) or not isinstance(size, int):
+        return None
+    places = value.node.expr
+    at_least_zero = isinstance(places, Max) and 0 in places.args  # `max(0, N - T)`: a row of more than N tokens fails
+    if at_least_zero:
+        (places,) = [arg for arg in places.args if arg != 0]
+    count = places + graph.length  # the place is `count - T`
+    if not count.is_Integer:
+        return None
+    if at_least_zero and count <= 1:  # no row is shorter
+        return ZERO
+    count = int(count) if count > 0 else int(count) + size  # a negative place counts from the end
+    graph.limit_positions(count)
+    return Op("sub", (Const(count), LENGTH))
 
 
 @reads("select")

@@ -10,6 +10,7 @@ from torch import fx
 
 from .base import Refusal, module_path
 from .expressions import (
+    LENGTH,
     Const,
     Expr,
     Op,
@@ -23,6 +24,7 @@ from .expressions import (
     to_program,
     variables,
     walk,
+    without_length,
 )
 
 __all__ = ["NoMatch", "ScoreMeaning", "Site", "dropout_refusal", "head_count", "understand_score"]
@@ -130,7 +132,10 @@ def understand_score(node: fx.Node, expr: Expr, scale: float) -> ScoreMeaning | 
     if any(is_hidden(part) for part in walk(past)):
         reason = f"a mask that cannot be told apart from the score: {to_program(past, [])}"
         return NoMatch(Refusal.at(node, reason))
-    score, scale = _take_scale(past, scale)
+    per_sequence = without_length(past)
+    if per_sequence is None or LENGTH.name in variables(visible):
+        return NoMatch(Refusal.at(node, "a score or a mask that depends on the number of tokens in the row"))
+    score, scale = _take_scale(per_sequence, scale)
     return ScoreMeaning(scale, score, visible, window)
 
 

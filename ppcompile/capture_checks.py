@@ -24,7 +24,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from .passes.base import NotPackable, Refusal
 
-__all__ = ["Attributes", "branches_on_length", "model_line", "nothing_escapes", "python_state"]
+__all__ = ["Attributes", "branches_on_length", "longest_rows", "model_line", "nothing_escapes", "python_state"]
 
 _LENGTHS = (*range(2, 130), *(2**n + d for n in range(8, 18) for d in (-1, 0, 1)))
 """Row lengths at which a condition is tried; it must hold at all of them to be no condition."""
@@ -45,14 +45,17 @@ def branches_on_length(exported: ExportedProgram, length: sympy.Symbol, modules:
     conditions = [
         (guard, path) for guard, path in zip(guards, where, strict=False) if length in guard.expr.free_symbols
     ]
-    longest = [bound for guard, _ in conditions if (bound := _upper_bound(guard.expr, length)) is not None]
+    longest = [bound for bound, _ in longest_rows(exported, length)]
     found, seen = [], set()
     for guard, path in conditions:
         if guard.expr in seen:
             continue
         seen.add(guard.expr)
-        # At exactly N tokens a slice of a table of N rows is the table itself, which export tells apart.
-        whole_table = any(guard.expr == sympy.Ne(length, bound) for bound in longest)
+        # At exactly N tokens a slice of a table of N rows is the table itself, which export tells apart: T != N, or
+        # the size of the slice is not N.
+        whole_table = isinstance(guard.expr, sympy.Ne) and any(
+            _always_holds(guard.expr, length, [bound - 1]) for bound in longest
+        )
         if (
             _upper_bound(guard.expr, length) is None
             and not whole_table
@@ -62,19 +65,43 @@ def branches_on_length(exported: ExportedProgram, length: sympy.Symbol, modules:
     return found
 
 
+def longest_rows(exported: ExportedProgram, length: sympy.Symbol) -> list[tuple[int, str]]:
+    """The conditions that hold for rows of up to N tokens and not beyond: N, and the condition in words."""
+    ids = next(node for node in exported.graph.nodes if node.name == "input_ids")
+    conditions = {guard.expr: guard for guard in ids.meta["val"].fake_mode.shape_env.guards}
+    found = []
+    for condition, guard in conditions.items():
+        if length in condition.free_symbols and (bound := _upper_bound(condition, length)) is not None:
+            found.append((bound, f"{str(condition).replace(str(length), 'T')}, {guard.sloc}"))
+    return found
+
+
 def _upper_bound(condition: Any, length: sympy.Symbol) -> int | None:
-    """``N`` if the condition says ``T <= N``, such as ``T + 2 <= N + 2``."""
-    if not isinstance(condition, (sympy.Le, sympy.Lt)):
+    """``N`` if the condition says ``T <= N``, such as ``T + 2 <= N + 2`` or ``T == min(T, N)``."""
+    if isinstance(condition, (sympy.Le, sympy.Lt)):
+        bound = sympy.expand(condition.rhs - condition.lhs) + length  # the condition says `T <= bound` or `T < bound`
+        if bound.is_Integer:
+            return int(bound) - (1 if isinstance(condition, sympy.Lt) else 0)
+    if isinstance(condition, sympy.Ne):  # "a table of N rows is not cut": true of shorter and of longer rows
         return None
-    bound = sympy.expand(condition.rhs - condition.lhs) + length  # the condition says `T <= bound` or `T < bound`
-    if not bound.is_Integer:
+    holds = [_holds(condition, length, n) for n in _LENGTHS]
+    ends = holds.index(False) if False in holds else None
+    if not ends or any(holds[ends:]):
         return None
-    return int(bound) - (1 if isinstance(condition, sympy.Lt) else 0)
+    low, high = _LENGTHS[ends - 1], _LENGTHS[ends]
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _holds(condition, length, middle) else (low, middle)
+    return low
+
+
+def _holds(condition: Any, length: sympy.Symbol, n: int) -> bool:
+    return bool(condition.xreplace({length: sympy.Integer(n)}) == sympy.true)
 
 
 def _always_holds(condition: Any, length: sympy.Symbol, longest: list[int]) -> bool:
     limit = min(longest, default=_LENGTHS[-1])
-    return all(condition.xreplace({length: sympy.Integer(n)}) == sympy.true for n in _LENGTHS if n <= limit)
+    return all(_holds(condition, length, n) for n in _LENGTHS if n <= limit)
 
 
 def _branch(condition: Any, length: sympy.Symbol, where: str, module: str) -> Refusal:

@@ -352,8 +352,8 @@ def _check_batch(device_of_batch: torch.device, max_token_id: int, max_position:
         raise ValueError(f"token id {max_token_id} is outside the model's vocabulary of {graph.vocab_size}")
     if graph.max_positions is not None and max_position >= graph.max_positions:
         raise ValueError(
-            f"a sequence of {max_position + 1} tokens is longer than the model's {graph.max_positions} positions; "
-            "shorten it"
+            f"a sequence of {max_position + 1} tokens is longer than the model's {graph.max_positions} positions "
+            f"({graph.limited_by}); shorten it"
         )
     if torch.is_autocast_enabled(device.type):
         raise ValueError(

@@ -218,6 +218,12 @@ def complex_rotary(x: Tensor) -> Tensor:
     return torch.view_as_real(turned).flatten(-2).type_as(x)
 
 
+def alibi_from_the_end(m: Any, L: int, ids: Tensor) -> Tensor:
+    """The last token has the bias 0, whatever the row's length: a softmax does not see which."""
+    table = torch.arange(1 - zoo.POSITIONS, 1) * (2.0 ** -torch.arange(HEADS))[:, None, None]
+    return table[:, :, zoo.POSITIONS - L :].masked_fill(~causal(m, L), float("-inf"))[None]
+
+
 def t5_bias(m: Any, L: int, ids: Tensor) -> Tensor:
     """A learned bias for each head and bucket of distances; the buckets widen with the distance."""
     far = distance(L).clamp(min=0)
@@ -440,6 +446,7 @@ EXACT: dict[str, Build] = {
         )
     ),
     "t5_bias": small(mask=t5_bias),
+    "alibi_from_the_end": small(mask=alibi_from_the_end),
     "attention_in_equations": small(
         attend=lambda m, q, k, v: torch.einsum(
             "bhqk,bhkd->bhqd",
@@ -474,6 +481,9 @@ REFUSED: dict[str, Build] = {
     "causal_mean": small(embed=lambda m, x, ids: x.cumsum(1) / torch.arange(1, ids.shape[1] + 1)[None, :, None]),
     "prefix_sees_itself": small(mask=lambda m, L, ids: causal(m, L) | (torch.arange(L)[None] < 4)),
     "strictly_causal": small(mask=lambda m, L, ids: (distance(L) > 0) | (torch.arange(L)[:, None] == 0)),
+    "scores_times_what_counts_from_the_end": small(
+        attend=lambda m, q, k, v: scores(q, k * torch.arange(64)[64 - k.shape[2] :, None] * 0.1).softmax(-1) @ v
+    ),
     "multiplied_by_a_triangle": small(
         attend=lambda m, q, k, v: torch.tril(q @ k.transpose(-1, -2)).softmax(-1) @ v
     ),

@@ -24,6 +24,8 @@ from ppcompile.passes.expressions import (
     simplify,
     split_mask,
     to_program,
+    variables,
+    without_length,
 )
 from ppcompile.runtime.program import evaluate_program
 
@@ -241,6 +243,54 @@ def test_every_spelling_of_a_mask_is_a_mask(spelling: Any, hidden: float) -> Non
 )
 def test_what_does_not_hide_is_not_a_mask(expr: Expr) -> None:
     assert simplify(split_mask(simplify(expr, "future"))[0], "future") == Const(True)
+
+
+T = Var("T")
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        op("add", S, op("mul", H, op("sub", K, T))),
+        op("sub", op("mul", S, 0.3), op("mul", op("add", op("sub", 4, T), K), H)),
+        op("add", S, op("neg", op("mul", Q, op("sub", T, K)))),
+        op("add", op("add", S, op("tanh", T)), op("mul", T, Q)),
+    ],
+)
+def test_a_length_that_is_alike_for_all_keys_is_replaced(score: Expr) -> None:
+    """For each query the two scores differ by one number, for all keys and raw scores."""
+    replaced = without_length(score)
+    assert replaced is not None
+    assert "T" not in variables(replaced)
+    for q, h in ((3, 1), (5, 2)):
+        found = [
+            evaluate(score, s=s, q=q, k=k, h=h, T=9) - evaluate(replaced, s=s, q=q, k=k, h=h)
+            for k in range(q + 1)
+            for s in (-1.0, 2.0)
+        ]
+        assert max(found) - min(found) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        op("mul", S, T),
+        op("div", S, T),
+        op("add", S, op("mul", K, T)),
+        op("tanh", op("add", S, T)),
+        op("where", op("lt", T, 9), S, op("neg", S)),
+        op("add", S, op("mul", op("sub", K, T), op("sub", K, T))),
+        op("add", S, op("maximum", K, T)),
+    ],
+)
+def test_a_length_that_a_softmax_sees_is_not(score: Expr) -> None:
+    assert without_length(score) is None
+
+
+def evaluate(expr: Expr, **values: float) -> float:
+    """A program knows no ``T``: it takes the place of ``i`` here."""
+    values = {{"T": "i"}.get(name, name): torch.tensor(float(value)) for name, value in values.items()}
+    return float(evaluate_program(to_program(expr, []).replace("T", "i").replace("irue", "True"), (), **values))
 
 
 def test_constants_of_different_types_differ() -> None:

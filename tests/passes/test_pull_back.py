@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ppcompile.passes.base import output_node, shape_of
 from ppcompile.passes.coordinates import Opaque, score_coordinates
-from ppcompile.passes.expressions import Const, Expr, Op, Var, simplify, split_mask, to_program, variables
+from ppcompile.passes.expressions import Const, Expr, Op, Var, linear_form, simplify, split_mask, to_program, variables
 from ppcompile.passes.pull_back import PullBack
 from ppcompile.runtime.program import evaluate_program
 
@@ -257,6 +257,13 @@ def test_what_depends_on_more_than_positions_is_opaque(name: str, captured: Any)
     node = output_node(graph.graph)
     with pytest.raises(Opaque):
         PullBack(graph).read(node, coordinates(shape_of(node)))
+
+
+def test_the_last_rows_of_a_table_are_counted_from_the_length(captured: Any) -> None:
+    graph = captured(lambda ids: torch.arange(N)[None, N - ids.shape[1] :] + 0 * places(ids)[:, None])
+    expr = PullBack(graph).read(output_node(graph.graph), (Var("q"), Var("k")))
+    assert linear_form(expr) == {"k": 1, "T": -1, "": N}
+    assert graph.max_positions == N
 
 
 def test_a_running_count_of_tokens_stays_token_data(captured: Any, node_values: Any, ids: Tensor) -> None:
