@@ -24,27 +24,20 @@ class Packed:
         self.max_tokens = max_tokens
 
     def split(self, groups: Groups) -> Iterator[list[TokenizedPreference]]:
-        """Greedy packs under the token budget: each group goes into the first pack with room for it.
+        """Packs under the token budget.
 
         Raises:
             ValueError: a group is larger than the budget by itself.
         """
-        packs: list[list[TokenizedPreference]] = []
-        room: list[int] = []
         for group in groups:
             if group.packed_tokens > self.max_tokens:
                 raise ValueError(
                     f"{group.where}: {group.packed_tokens} tokens do not fit into packs of {self.max_tokens}; "
                     "raise --max-tokens, or shorten with --max-prompt-tokens and --max-response-tokens"
                 )
-            fits = next((n for n, free in enumerate(room) if group.packed_tokens <= free), None)
-            if fits is None:
-                fits = len(packs)
-                packs.append([])
-                room.append(self.max_tokens)
-            packs[fits].append(group)
-            room[fits] -= group.packed_tokens
-        yield from packs
+        entries = [group.entry for group in groups]
+        for plan in ppcompile.plan_packs(entries, max_tokens=self.max_tokens, shuffle=False):
+            yield [groups[n] for n in plan.group_index]
 
     def tokens(self, groups: Groups) -> int:
         """Tokens that go through the model for these groups."""
@@ -52,7 +45,7 @@ class Packed:
 
     def logps(self, groups: Groups) -> Tensor:
         """Float32 ``[R]``: summed log-probability of each response, in input order."""
-        batch = ppcompile.pack([ppcompile.Group(prompt=g.prompt, responses=g.responses) for g in groups])
+        batch = ppcompile.pack([group.entry for group in groups])
         logps: Tensor = self.module(batch.to(self.device)).logps
         return logps
 
@@ -74,10 +67,12 @@ class OneByOne:
 
     def logps(self, groups: Groups) -> Tensor:
         """Float32 ``[R]``: summed log-probability of each response, in input order."""
-        return torch.stack([self._logp(group.prompt, response) for group in groups for response in group.responses])
+        return torch.stack([self._logp(group, n) for group in groups for n in range(len(group.responses))])
 
-    def _logp(self, prompt: list[int], response: list[int]) -> Tensor:
+    def _logp(self, group: TokenizedPreference, n: int) -> Tensor:
+        prompt, response = group.prompt, group.responses[n]
         ids = torch.tensor([[*prompt, *response]], device=self.device)
         logits = self.module(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-        logps = logits.float().log_softmax(dim=-1)
-        return logps.gather(1, ids[0, len(prompt) :, None]).sum()
+        logps = logits.float().log_softmax(dim=-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+        scored = torch.tensor(group.masks[n] if group.masks else [True] * len(response), device=self.device)
+        return logps[scored].sum()

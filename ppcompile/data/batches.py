@@ -25,16 +25,18 @@ class PreferenceBatch(PackedBatch):
         pairs: int64 ``[N, 2]``, ``(winner, loser)`` as indices into the batch's responses, what
             ``ppcompile.losses.dpo_loss`` takes; ``None`` where the data has no preferences.
         scores: float32 ``[R]``, one for each response, nan for a record without any; ``None`` where none has them.
+        ends_step: the rank's last pack of an optimizer step; save the loader's state there, when the step is done.
     """
 
     pairs: Tensor | None = None
     scores: Tensor | None = None
+    ends_step: bool = False
 
 
-def write_pack(plan: PackPlan, pad_to_multiple_of: int = 1, pad_token_id: int = 0) -> PreferenceBatch:
+def write_pack(plan: PackPlan, ends_step: bool, pad_to_multiple_of: int, pad_token_id: int) -> PreferenceBatch:
     """The tensors of a planned pack of samples."""
     batch = plan.batch(pad_to_multiple_of=pad_to_multiple_of, pad_token_id=pad_token_id)
-    return _with_preferences(batch, samples_of(plan))
+    return _with_preferences(batch, samples_of(plan), ends_step)
 
 
 def samples_of(plan: PackPlan) -> Sequence[Sample]:
@@ -74,7 +76,7 @@ class PackCollator:
     pad_token_id: int = 0
 
     def __call__(self, samples: Sequence[Sample]) -> PreferenceBatch:
-        """One pack; ``batch.group_index`` are rows of the data set, ``batch.step`` is ``None``."""
+        """One pack; ``group_index`` are rows of the data set. It knows no step: ``PackBatchSampler.totals()`` does."""
         batch = pack_records(
             [sample.record for sample in samples],
             share=self.share,
@@ -82,12 +84,12 @@ class PackCollator:
             pad_token_id=self.pad_token_id,
             group_index=[sample.index for sample in samples],
         )
-        return _with_preferences(batch, samples)
+        return _with_preferences(batch, samples, ends_step=False)
 
 
-def _with_preferences(batch: PackedBatch, samples: Sequence[Sample]) -> PreferenceBatch:
+def _with_preferences(batch: PackedBatch, samples: Sequence[Sample], ends_step: bool) -> PreferenceBatch:
     fields: dict[str, Any] = {field.name: getattr(batch, field.name) for field in dataclasses.fields(PackedBatch)}
-    return PreferenceBatch(**fields, pairs=_pairs(samples), scores=_scores(samples))
+    return PreferenceBatch(**fields, pairs=_pairs(samples), scores=_scores(samples), ends_step=ends_step)
 
 
 def _pairs(samples: Sequence[Sample]) -> Tensor | None:

@@ -6,6 +6,8 @@
             out = packed(batch.to(device))
             loss = dpo_loss(out.logps, ppcompile.reference_logps(reference, batch), batch.pairs).losses.sum()
             (loss / batch.step.weight).backward()                   # the mean over all pairs of the step, on all ranks
+            if batch.ends_step:
+                optimizer.step(), optimizer.zero_grad()
 
 **Two ways through the data.** What can be indexed, or is a file, is tokenized once and kept (eight bytes a token),
 so that it is shuffled as a whole and the number of packs is known. Anything else, or all with ``streaming=True``, is
@@ -31,13 +33,12 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ppcompile.data.batches import PreferenceBatch, write_pack
-from ppcompile.data.plans import Packing, Position, check_settings, numbered, rank_and_world
+from ppcompile.data.plans import Packing, Planned, Position, check_settings, numbered, rank_and_world
 from ppcompile.data.reading import can_be_indexed, load, read_rows, read_samples
 from ppcompile.data.samples import Sample, SampleFilter, SampleReader
 from ppcompile.data.tokenized import TokenizedDataset
 from ppcompile.runtime.batch import check_int
 from ppcompile.runtime.packing.cost import CostModel
-from ppcompile.runtime.packing.packs import PackPlan
 from ppcompile.runtime.packing.report import PackingReport
 
 __all__ = ["PackedDataLoader"]
@@ -239,10 +240,10 @@ class PackedDataLoader:
         self.read = tokenized.read
         return tokenized.samples
 
-    def _plans(self, epoch: int, start: Position) -> Iterator[tuple[PackPlan, Position]]:
+    def _plans(self, epoch: int, start: Position) -> Iterator[Planned]:
         plans = self.packing.plans(self._stream(epoch) if self._samples is None else self._samples, epoch)
         self.report = plans.report
-        return numbered(plans, start)
+        return numbered(plans, start, self.packing.world_size)
 
     def _stream(self, epoch: int) -> Iterator[Sample]:
         """Samples of one epoch, read as they are asked for."""
@@ -267,6 +268,5 @@ class _Writer(Dataset[tuple[PreferenceBatch, Position]]):
     def __init__(self, pad_to_multiple_of: int, pad_token_id: int) -> None:
         self._padding = pad_to_multiple_of, pad_token_id
 
-    def __getitem__(self, planned: tuple[PackPlan, Position]) -> tuple[PreferenceBatch, Position]:
-        plan, position = planned
-        return write_pack(plan, *self._padding), position
+    def __getitem__(self, planned: Planned) -> tuple[PreferenceBatch, Position]:
+        return write_pack(planned.plan, planned.ends_step, *self._padding), planned.position

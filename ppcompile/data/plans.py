@@ -16,7 +16,7 @@ from ppcompile.runtime.batch import check_int
 from ppcompile.runtime.packing.cost import CostModel
 from ppcompile.runtime.packing.packs import PackPlan, PackPlans, plan_packs
 
-__all__ = ["Packing", "Position", "check_settings", "numbered", "rank_and_world"]
+__all__ = ["Packing", "Planned", "Position", "check_settings", "numbered", "rank_and_world"]
 
 
 class Position(NamedTuple):
@@ -93,20 +93,31 @@ def check_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         raise ValueError(f"the state was saved with {was}: its packs would be others; resume with the same settings")
 
 
-def numbered(plans: Iterable[PackPlan], start: Position) -> Iterator[tuple[PackPlan, Position]]:
-    """Plans from ``start`` on, each with the position behind it.
+class Planned(NamedTuple):
+    """A plan, the position behind it, and whether it is the rank's last one of an optimizer step."""
+
+    plan: PackPlan
+    position: Position
+    ends_step: bool
+
+
+def numbered(plans: Iterable[PackPlan], start: Position, world_size: int) -> Iterator[Planned]:
+    """Plans from ``start`` on.
 
     Raises:
         ValueError: the packs before ``start`` are not those that it counted; or a pair is split over packs.
     """
-    position = Position()
+    position, of_step = Position(), 0
     for plan in plans:
         if position.packs == start.packs and position != start:
             break
-        position = position.after(plan)
+        position, of_step = position.after(plan), of_step + 1
+        ends_step = of_step == plan.step.packs // world_size
+        if ends_step:
+            of_step = 0
         if position.packs > start.packs:
             check_pairs(samples_of(plan))
-            yield plan, position
+            yield Planned(plan, position, ends_step)
     if position.packs <= start.packs and position != start:
         raise ValueError(
             f"the first {start.packs:,} packs of the epoch are not those of the state that was loaded, so resuming "

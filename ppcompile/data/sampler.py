@@ -111,10 +111,10 @@ class PackIndices(Iterator[list[int]]):
     def _begin(self, epoch: int, position: Position) -> None:
         self._epoch, self._position = epoch, position
         plans = self._sampler.packing.plans(self._sampler._by_place(), epoch)
-        self._plans = numbered(plans, position)
+        self._plans = numbered(plans, position, self._sampler.packing.world_size)
 
     def __next__(self) -> list[int]:
-        plan, self._position = next(self._plans)
+        plan, self._position, _ = next(self._plans)
         return plan.group_index
 
     def state_dict(self) -> dict[str, Any]:

@@ -214,6 +214,26 @@ def test_all_ranks_together_see_each_record_once(count, world_size, streaming, s
         assert [batch[-1] for batch in rank] == [batch[-1] for batch in ranks[0]]  # the totals of each step
 
 
+@pytest.mark.parametrize(("packs_per_step", "world_size"), [(1, 1), (3, 1), (2, 3)])
+def test_batches_know_where_an_optimizer_step_ends(packs_per_step, world_size):
+    options = {"packs_per_step": packs_per_step, "world_size": world_size, **SMALL}
+    for rank in range(world_size):
+        loader = PackedDataLoader(groups(60), rank=rank, **options)
+        batches = list(loader)
+        following = [batch.step.index for batch in batches[1:]] + [None]
+        assert [batch.ends_step for batch in batches] == [
+            batch.step.index != after for batch, after in zip(batches, following, strict=True)
+        ]
+        assert sum(batch.ends_step for batch in batches) > 2
+        state = None
+        for _ in itertools.islice(loader, 1):  # in the middle of a step, unless it has one pack
+            state = loader.state_dict()
+        again = PackedDataLoader(groups(60), rank=rank, **options)
+        again.load_state_dict(state)
+        loader.set_epoch(1)
+        assert [b.ends_step for b in again] == [b.ends_step for b in loader][1:]
+
+
 def test_ranks_default_to_those_of_torch_distributed(monkeypatch):
     data = groups(20)
     alone = PackedDataLoader(data, **SMALL)
