@@ -93,11 +93,12 @@ class Runner:
                 )
         self.graph, self._whole = graph, compile is True
         self.layers: dict[str, PackedLayer] = {}
-        programs: dict[tuple[fx.GraphModule, bool], Program] = {}
+        programs: dict[tuple[fx.GraphModule, Any], Program] = {}
         for target, layer in graph.layers.items():
-            kind = layer.body, checkpoint == "layer" or _is_checkpointed(model, layer.path)
+            recompute = _checkpointing(model, layer.path, wanted=checkpoint == "layer")
+            kind = layer.body, recompute
             if kind not in programs:
-                program = partial(_recomputed, layer.body) if kind[1] else layer.body
+                program = partial(_recomputed, recompute, layer.body) if recompute else layer.body
                 programs[kind] = _compiled(program) if compile == "layer" else program
             self.layers[target] = PackedLayer(programs[kind], _State(model, layer.state))
             graph.module.add_module(target, self.layers[target])
@@ -131,11 +132,13 @@ class Runner:
         ]
 
 
-def _recomputed(program: Program, *inputs: Any) -> tuple[Any, ...]:
+def _recomputed(recompute: Callable[..., Any], program: Program, *inputs: Any) -> tuple[Any, ...]:
     """``program(*inputs)``, of which the backward keeps the inputs and computes the rest again."""
     if not torch.is_grad_enabled():
         return program(*inputs)
-    outputs: tuple[Any, ...] = checkpoint(program, *inputs, use_reentrant=False)
+    # Whatever the model's own setting says: the reentrant kind is torch's older one, and fails where gradients are
+    # taken with torch.autograd.grad.
+    outputs: tuple[Any, ...] = recompute(program, *inputs, use_reentrant=False)
     return outputs
 
 
@@ -144,13 +147,18 @@ def _compiled(program: Program) -> Program:
     return compiled
 
 
-def _is_checkpointed(model: nn.Module, path: str) -> bool:
-    """True where the user switched on the model's own checkpointing, as transformers models take it."""
-    around = [model.get_submodule(path)]
-    while path:
-        path = path.rpartition(".")[0]
-        around.append(model.get_submodule(path))
-    return around[0].training and any(getattr(module, "gradient_checkpointing", False) is True for module in around)
+def _checkpointing(model: nn.Module, path: str, *, wanted: bool) -> Callable[..., Any] | None:
+    """What recomputes a layer: torch's checkpoint, or the model's own if it is switched on; nothing otherwise.
+
+    Models of transformers have a flag on each layer, or, in older code, on a module around the layers.
+    """
+    layer = model.get_submodule(path)
+    parents = [model.get_submodule(".".join(path.split(".")[:n])) for n in range(path.count(".") + 1)]
+    flagged = [module for module in (layer, *reversed(parents)) if hasattr(module, "gradient_checkpointing")][:1]
+    if layer.training and any(module.gradient_checkpointing is True for module in flagged):
+        own: Callable[..., Any] = getattr(flagged[0], "_gradient_checkpointing_func", checkpoint)
+        return own
+    return checkpoint if wanted else None
 
 
 def _not_gathered(name: str) -> str:
