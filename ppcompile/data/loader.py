@@ -9,6 +9,8 @@
             if batch.ends_step:
                 optimizer.step(), optimizer.zero_grad()
 
+Under ``DistributedDataParallel``, which averages over ranks, the loss is multiplied by ``world_size``.
+
 **Two ways through the data.** What can be indexed, or is a file, is tokenized once and kept (eight bytes a token),
 so that it is shuffled as a whole and the number of packs is known. Anything else, or all with ``streaming=True``, is
 read as it is needed; only a window of it is in memory.
@@ -36,6 +38,7 @@ from ppcompile.data.batches import PreferenceBatch, write_pack
 from ppcompile.data.plans import Packing, Planned, Position, check_settings, numbered, rank_and_world
 from ppcompile.data.reading import can_be_indexed, load, read_rows, read_samples
 from ppcompile.data.samples import Sample, SampleFilter, SampleReader
+from ppcompile.data.sources import refuse_mapping
 from ppcompile.data.tokenized import TokenizedDataset
 from ppcompile.runtime.batch import check_int
 from ppcompile.runtime.packing.cost import CostModel
@@ -127,6 +130,7 @@ class PackedDataLoader:
                 "the data set was divided by datasets.distributed.split_dataset_by_node; give every rank all of it: "
                 "the loader deals packs so that no rank has more of them than another"
             )
+        refuse_mapping(dataset)
         self.dataset = dataset
         self.packing = Packing(
             max_tokens=max_tokens,

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ppcompile.data.records import BadRecord
 from ppcompile.data.samples import Sample, SampleReader
@@ -30,7 +30,9 @@ CHUNK = 32  # rows that travel to a worker at once
 
 def can_be_indexed(dataset: Any) -> bool:
     """A list, a table, a map-style data set; not a stream, nor a file that is read line by line."""
-    return isinstance(dataset, Sized) and hasattr(dataset, "__getitem__") and not isinstance(dataset, str)
+    if isinstance(dataset, (str, IterableDataset)):  # torch's streams inherit a __getitem__ that only raises
+        return False
+    return isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
 
 
 def read_rows(dataset: Any, order: np.random.Generator | None = None) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from ppcompile.data.records import parse_json
 
-__all__ = ["Located", "Source", "raw_records", "record_at"]
+__all__ = ["Located", "Source", "raw_records", "record_at", "refuse_mapping"]
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 Located = tuple[str, Any]
@@ -24,7 +24,11 @@ def raw_records(source: Source, split: str | None) -> Iterator[Located]:
     """Raw rows of ``source`` (see :func:`ppcompile.data.read_preferences`), each with the words that locate it.
 
     A row is a mapping of columns, or a line of JSON text that has yet to be parsed.
+
+    Raises:
+        TypeError: a mapping, such as all splits of a data set, or columns that are no table.
     """
+    refuse_mapping(source)
     if not isinstance(source, (str, Path)):
         _refuse_split("an iterable of records", split)
         if _is_table(source):
@@ -38,6 +42,16 @@ def raw_records(source: Source, split: str | None) -> Iterator[Located]:
     if not path.exists() and (suffix in TEXT_FILES or suffix in TABLE_FILES or str(source).startswith((".", "/"))):
         raise FileNotFoundError(f"no preference data at {source} (looked in {Path.cwd()})")
     return _dataset_rows(str(source), split)
+
+
+def refuse_mapping(source: Any) -> None:
+    """Raise for what would be read as a list of its keys."""
+    if isinstance(source, Mapping):
+        keys = ", ".join(map(repr, list(source)[:6]))
+        raise TypeError(
+            f"records come as a list, a table or a stream, got a {type(source).__name__} with keys {keys}. Try: "
+            "dataset['train'] for one split, datasets.Dataset.from_dict(...) for columns, [record] for one record"
+        )
 
 
 def record_at(source: Any, index: int) -> Located:

@@ -278,6 +278,9 @@ def test_a_data_set_that_divides_itself_among_workers_is_read_once(make_tokenize
             info = torch.utils.data.get_worker_info()
             return iter(records(40)[info.id :: info.num_workers] if info else records(40))
 
+        def __len__(self):
+            return 40
+
     table = datasets.Dataset.from_list(records(40)).to_iterable_dataset(num_shards=4)
     for data in (Torch(), table):
         loader = PackedDataLoader(data, tokenizer=make_tokenizer(), max_tokens=120, num_workers=2)
@@ -626,6 +629,20 @@ def test_the_loader_has_the_state_protocol_of_torchdata_and_torch():
     assert isinstance(PackedDataLoader(groups(3)), Stateful)
     stateful = pytest.importorskip("torchdata.stateful_dataloader.stateful")
     assert isinstance(PackedDataLoader(groups(3)), stateful.Stateful)
+
+
+def test_splits_and_columns_are_no_list_of_records(make_tokenizer):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(records(3))
+    for data, keys in (
+        (datasets.DatasetDict(train=table, test=table), "'train', 'test'"),
+        (records(1)[0], "'prompt', "),
+    ):
+        for streaming in (False, True):
+            with pytest.raises(TypeError, match=rf"got a \w+ with keys {keys}.*Try: dataset\['train'\] for one split"):
+                PackedDataLoader(data, tokenizer=make_tokenizer(), streaming=streaming)
+        with pytest.raises(TypeError, match="records come as a list"):
+            read_preferences(data)
 
 
 def test_what_an_index_cannot_say_is_refused():
