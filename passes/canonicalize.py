@@ -24,6 +24,7 @@ from .base import (
     op_name,
     operands,
     same_shape,
+    shape_of,
 )
 from .einsum import write_out_einsums
 from .functionalize import functionalize
@@ -48,6 +49,7 @@ def canonicalize(graph: PackGraph) -> PassResult:
     _drop_detached_constants(graph, result)
     result.changed += functionalize(graph)
     result.changed += write_out_einsums(graph)
+    result.changed += _write_by_element(graph)
     for node in graph.graph.nodes:
         if is_op(
             node, "aten.view.default"
@@ -161,6 +163,30 @@ def _detached(graph: PackGraph, value: Any) -> Any:
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
         return value
     return graph.call(torch.ops.aten.detach.default, (value,), like=value)
+
+
+# --------------------------------------------------------------------------- writes under a mask
+
+
+def _write_by_element(graph: PackGraph) -> int:
+    """``x[mask] = number`` picks no places if the mask has the shape of ``x``: it is ``where(mask, number, x)``."""
+    changed = 0
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or not is_op(node, "aten.index_put"):
+            continue
+        source, indices, value, accumulate = operands(node)[:4]
+        if accumulate or len(indices) != 1 or indices[0] is None or shape_of(value):
+            continue
+        mask = indices[0]
+        if mask.meta["val"].dtype != torch.bool or not same_shape(mask, source):
+            continue
+        with graph.graph.inserting_before(node):
+            number = graph.call(torch.ops.aten.to.dtype, (value, source.meta["val"].dtype), like=node)
+            chosen = graph.call(torch.ops.aten.where.self, (mask, number, source), like=node)
+        node.replace_all_uses_with(chosen)
+        graph.graph.erase_node(node)
+        changed += 1
+    return changed
 
 
 # --------------------------------------------------------------------------- ops that do nothing

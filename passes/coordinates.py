@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import fx
 
-from .base import PackGraph, shape_of
+from .base import PackGraph, Refusal, shape_of
 from .expressions import Const, Expr, Op, Var, simplify
 from .positional import PositionalValues
 
@@ -39,6 +39,11 @@ class Opaque(Exception):
     def __init__(self, node: fx.Node, reason: str) -> None:
         super().__init__(reason)
         self.node, self.reason = node, reason
+
+    def refusal(self, what: str) -> Refusal:
+        """Why the model cannot be packed: ``what`` could not be read."""
+        hint = "if the op can be read element by element, passes/coordinates.py says where its rule belongs"
+        return Refusal.at(self.node, f"{what}: {self.reason}", hint)
 
 
 class Reader(Protocol):

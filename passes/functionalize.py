@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .base import PackGraph, argument, is_mutable, is_tensor, may_alias, op_family, operands, same_shape
+from .base import PackGraph, argument, is_mutable, is_tensor, may_alias, op_family, operands, same_shape, shape_of
 
 __all__ = ["functionalize"]
 
@@ -217,6 +217,12 @@ def _same_op(graph: PackGraph, view: fx.Node, source: fx.Node, value: fx.Node) -
     return graph.call(view.target, (value, *operands(view)[1:]), like=view)  # type: ignore[arg-type]
 
 
+def _permute(graph: PackGraph, view: fx.Node, source: fx.Node, value: fx.Node) -> fx.Node:
+    order = [int(axis) % len(shape_of(view)) for axis in argument(view, "dims")]
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return graph.call(aten.permute.default, (value, back), like=view)
+
+
 def _unsqueeze(graph: PackGraph, view: fx.Node, source: fx.Node, value: fx.Node) -> fx.Node:
     return graph.call(aten.squeeze.dim, (value, argument(view, "dim")), like=view)
 
@@ -233,6 +239,7 @@ _WRITE_BACK: dict[str, WriteBack] = {
     "slice": _slice,
     "select": _select,
     "transpose": _same_op,
+    "permute": _permute,
     "unsqueeze": _unsqueeze,
     "alias": _whole,
 }

@@ -22,8 +22,12 @@ from .types import Const, Tok, TokenType
 __all__ = ["Region", "enclosing_regions", "prove_token_wise"]
 
 _TOKENS = (7, 64, 300)
-_SCALES = (1.0, 30.0)
+_SCALES = ((1.0,), (30.0, 10.0, 3.0))
+"""How large tokens are drawn: as they are, and the largest of these at which the module's results are finite."""
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+Run = Callable[[dict[fx.Node, Tensor], int, "list[Tensor] | None"], "tuple[list[Tensor], list[Tensor]]"]
 
 
 @dataclass
@@ -73,20 +77,29 @@ def _region(graph: PackGraph, path: str, nodes: list[fx.Node], types: dict[fx.No
     members = set(nodes)
     if any(is_op(n, "ppcompile.prefix_attention") or _overwrites_outside(n, members) for n in nodes):
         return None
+    read_outside = [n for n in nodes if any(user not in members for user in n.users)]
+    outputs = {n: graph.token_axes(n) for n in read_outside}
     token_inputs: dict[fx.Node, int] = {}
     other_inputs: list[fx.Node] = []
-    for source in dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in members):
+    before: set[fx.Node] = set()
+    sources = list(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in members))
+    while sources:
+        source = sources.pop(0)
         kind = types.get(source)
         if isinstance(kind, Tok) and source.meta["val"].is_floating_point():
             token_inputs[source] = kind.axis
         elif _is_known_size(graph, source) or (kind == Const() and source.op == "placeholder"):
             other_inputs.append(source)
+        elif kind is not None and source.op == "call_function":
+            # Which expert a token goes to is no number to draw: what chooses it belongs to the region.
+            before.add(source)
+            known = {*before, *token_inputs, *other_inputs, *sources}
+            sources += [n for n in dict.fromkeys(source.all_input_nodes) if n not in known]
         else:
             return None
-    read_outside = [n for n in nodes if any(user not in members for user in n.users)]
-    outputs = {n: graph.token_axes(n) for n in read_outside}
     if not token_inputs or any(len(axes) != 1 for axes in outputs.values()):
         return None
+    nodes = [n for n in graph.graph.nodes if n in before] + nodes if before else nodes
     return Region(path, nodes, token_inputs, other_inputs, {n: axes[0] for n, axes in outputs.items()})
 
 
@@ -117,9 +130,10 @@ def prove_token_wise(graph: PackGraph, region: Region) -> str | None:
     # Weights at random too: a gate that starts at zero would hide what training will let through.
     for weights in (_present_weights(graph, region), _random_weights(graph, region)):
         run = _runner(graph, region, weights)
-        for seed, (count, scale) in enumerate(itertools.product(_TOKENS, _SCALES)):
+        for seed, (count, scales) in enumerate(itertools.product(_TOKENS, _SCALES)):
             for alike in (False, True):
-                finding = _compare(region, run, _random_tokens(region, count, seed, alike, scale), count, seed)
+                tokens = _finite_tokens(run, (_random_tokens(region, count, seed, alike, s) for s in scales), count)
+                finding = _compare(region, run, tokens, count, seed)
                 if finding is not None:
                     return finding
     return None
@@ -146,6 +160,15 @@ def _is_registered_dispatch(region: Region) -> bool:
     return any("grouped_mm" in str(node.target) for node in region.nodes)
 
 
+def _finite_tokens(run: Run, drawn: Iterator[dict[fx.Node, Tensor]], count: int) -> dict[fx.Node, Tensor]:
+    """The first tokens on which the module's results are finite: a router may divide by what has come to nothing."""
+    for tokens in drawn:
+        results, _ = run(tokens, count, None)
+        if all(t.isfinite().all() for t in results):
+            break
+    return tokens
+
+
 def _random_tokens(region: Region, count: int, seed: int, alike: bool, scale: float) -> dict[fx.Node, Tensor]:
     """Normal inputs of ``count`` tokens; ``alike`` makes all tokens nearly equal, so that they crowd one expert."""
     inputs = {}
@@ -158,9 +181,6 @@ def _random_tokens(region: Region, count: int, seed: int, alike: bool, scale: fl
             tokens = tokens.select(axis, 0).unsqueeze(axis) + 1e-2 * tokens
         inputs[node] = (scale * tokens).to(value.dtype)
     return inputs
-
-
-Run = Callable[[dict[fx.Node, Tensor], int, "list[Tensor] | None"], "tuple[list[Tensor], list[Tensor]]"]
 
 
 def _runner(graph: PackGraph, region: Region, weights: dict[fx.Node, Tensor]) -> Run:

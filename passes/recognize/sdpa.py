@@ -43,7 +43,7 @@ def recognize(graph: PackGraph, node: fx.Node) -> Site | NoMatch | None:
     try:
         expr = _score(graph, node)
     except Opaque as opaque:
-        return NoMatch(Refusal.at(opaque.node, f"an attention mask that cannot be read: {opaque.reason}"))
+        return NoMatch(opaque.refusal("an attention mask that cannot be read"))
     meaning = understand_score(node, expr, 1.0 / math.sqrt(int(shape_of(query)[-1])) if scale is None else float(scale))
     if isinstance(meaning, NoMatch):
         return meaning

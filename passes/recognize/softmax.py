@@ -40,7 +40,7 @@ def recognize(graph: PackGraph, node: fx.Node) -> Site | NoMatch | None:
     try:
         return _match(graph, node)
     except Opaque as opaque:
-        return NoMatch(Refusal.at(opaque.node, f"attention scores that cannot be read: {opaque.reason}"))
+        return NoMatch(opaque.refusal("attention scores that cannot be read"))
 
 
 def _match(graph: PackGraph, node: fx.Node) -> Site | NoMatch:

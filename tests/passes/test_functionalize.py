@@ -41,6 +41,18 @@ def view_of_a_view(x: Tensor) -> Tensor:
     return y + turned.transpose(1, 2)
 
 
+def through_a_permuted_view(x: Tensor) -> Tensor:
+    y = (x * 2).unflatten(-1, (2, 3)).clone()
+    y.permute(2, 0, 3, 1).add_(x[..., :3].transpose(1, 2)[None])
+    return y.flatten(2)
+
+
+def some_words_replaced(x: Tensor) -> Tensor:
+    y = x * 2
+    y[y > 1] = 0.25
+    return y + 1
+
+
 def written_with_another_dtype(x: Tensor) -> Tensor:
     y = torch.zeros_like(x, dtype=torch.float64)
     y.copy_(x[..., :1])
@@ -73,6 +85,8 @@ IN_PLACE: dict[str, Any] = {
     "read_afterwards": read_afterwards,
     "in_pieces": in_pieces,
     "view_of_a_view": view_of_a_view,
+    "through_a_permuted_view": through_a_permuted_view,
+    "some_words_replaced": some_words_replaced,
     "written_with_another_dtype": written_with_another_dtype,
     "the_source_changes_later": the_source_changes_later,
     "what_an_in_place_op_returns": what_an_in_place_op_returns,

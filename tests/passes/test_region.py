@@ -50,6 +50,37 @@ def added_in_place(m: Experts, x: Tensor) -> Tensor:
     return out
 
 
+def weights_that_come_to_nothing(m: Experts, x: Tensor) -> Tensor:
+    """Large tokens have scores of 0 with every expert, and weights of 0/0: of those nothing can be said."""
+    weight, expert = m.router(x - x.abs().amax(-1, keepdim=True) * 3).sigmoid().topk(2)
+    return apply_experts(m, x, expert[:, 0]) * (weight / weight.sum(-1, keepdim=True))[:, :1]
+
+
+class Siblings(nn.Module):
+    """Router and experts are called one after the other by the model: no module holds both."""
+
+    def __init__(self, spoil: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.words, self.norm = nn.Embedding(zoo.VOCABULARY, WIDTH), nn.LayerNorm(WIDTH)
+        self.router, self.experts = nn.Linear(WIDTH, EXPERTS), ChosenExperts(spoil)
+        self.head = nn.Linear(WIDTH, zoo.VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        weight, expert = self.router(x[0]).softmax(-1).topk(2)
+        return self.head(self.norm(x + self.experts(x[0], weight, expert)[None]))
+
+
+class ChosenExperts(nn.Module):
+    def __init__(self, spoil: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.spoil = nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH)), spoil
+
+    def forward(self, x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
+        both = [apply_experts(self, x, self.spoil(expert[:, n])) * weight[:, n, None] for n in range(2)]
+        return both[0] + both[1]
+
+
 def capacity(m: Experts, x: Tensor) -> Tensor:
     """Drops the tokens of an expert beyond the twentieth: whether a token is dropped depends on those before it."""
     expert = m.router(x).argmax(-1)
@@ -106,7 +137,7 @@ def assert_exact(model: nn.Module) -> None:
     assert stage.result.matched
 
 
-@pytest.mark.parametrize("dispatch", [sorted_dispatch, added_in_place])
+@pytest.mark.parametrize("dispatch", [sorted_dispatch, added_in_place, weights_that_come_to_nothing])
 def test_dispatch_is_proved(dispatch: Callable[[Experts, Tensor], Tensor]) -> None:
     assert_exact(zoo.sharpen(Model(dispatch)).eval())
 
@@ -118,6 +149,18 @@ def test_mixtral(implementation: str) -> None:
     assert_exact(model)
 
 
+def test_what_chooses_the_experts_may_stand_outside_of_their_module() -> None:
+    assert_exact(zoo.sharpen(Siblings(lambda expert: expert)).eval())
+
+
+@pytest.mark.usefixtures("without_unsharing")
+def test_a_choice_that_depends_on_other_tokens_is_refused() -> None:
+    with pytest.raises(NotPackable, match="not token-wise either") as caught:
+        ppcompile.wrap(zoo.sharpen(Siblings(lambda expert: expert.sort()[0])).eval())
+    assert caught.value.refusal.module == "experts"
+
+
+@pytest.mark.usefixtures("without_unsharing")
 def test_a_loop_over_the_experts_that_were_hit_is_refused() -> None:
     """How often it runs depends on the tokens: no graph can hold it."""
     model = zoo._transformers("mixtral", num_local_experts=4, num_hidden_layers=1)()
