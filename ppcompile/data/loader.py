@@ -2,9 +2,10 @@
 
     loader = ppcompile.PackedDataLoader(dataset, tokenizer=tokenizer, max_tokens=16384, num_workers=2)
     for epoch in range(3):
-        for batch in loader:                                        # PreferenceBatch, a PackedBatch
-            out = packed(batch.to(device))
-            loss = dpo_loss(out.logps, ppcompile.reference_logps(reference, batch), batch.pairs).losses.sum()
+        for batch in loader:
+            batch = batch.to(device)                                # PreferenceBatch, a PackedBatch
+            logps, reference_logps = packed(batch).logps, ppcompile.reference_logps(reference, batch)
+            loss = dpo_loss(logps, reference_logps, batch.pairs).losses.sum()
             (loss / batch.step.weight).backward()                   # the mean over all pairs of the step, on all ranks
             if batch.ends_step:
                 optimizer.step(), optimizer.zero_grad()

@@ -1,9 +1,12 @@
 """Conversations as token ids: what the template writes, what of it is scored, and which templates are refused."""
 
 import pytest
+import torch
 
+import ppcompile
 from ppcompile.data import BadRecord, RecordTokenizer, read_preferences, tokenize
 from ppcompile.runtime.groups import Group
+from toy_preferences import small_llama
 
 USER = {"role": "user", "content": "Hi?"}
 MORE = {"role": "user", "content": "And?"}
@@ -189,3 +192,28 @@ def test_a_limit_that_leaves_nothing_scored_is_an_error(make_tokenizer):
         tokens_of(record, tokenizer, max_response_tokens=3)
     with pytest.raises(ValueError, match="max_response_tokens must be at least 1"):
         RecordTokenizer(tokenizer, max_response_tokens=0)
+
+
+def test_packed_log_probabilities_are_those_of_the_assistants_tokens_alone(make_tokenizer):
+    tokenizer, model = make_tokenizer(), small_llama(0).eval()
+    turns = {
+        "conversations": [[USER, FIRST, TOOL, LAST], [USER, FIRST, MORE, FIRST], [USER, LAST]],
+        "scores": [0, 1, 2],
+    }
+    loader = ppcompile.PackedDataLoader([turns, {**turns, "scores": [2, 1, 0]}], tokenizer=tokenizer, share="tree")
+    (batch,) = loader
+    expected = []
+    for place, rollout in enumerate(turns["conversations"] * 2):
+        ids = torch.tensor([batch.sequences()[place].tolist()])
+        logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        text, total = "", 0.0
+        for message in rollout:
+            text += f"<|im_start|>{message['role']}\n"
+            start = len(tokenizer(text)["input_ids"])
+            text += f"{message['content']}<|im_end|>"
+            if message["role"] == "assistant":
+                total += logps[start - 1 : len(tokenizer(text)["input_ids"]) - 1].sum()
+            text += "\n"
+        assert tokenizer.decode(ids[0]) == text.removesuffix("\n")
+        expected.append(total)
+    torch.testing.assert_close(ppcompile.wrap(model)(batch).logps, torch.stack(expected), atol=1e-4, rtol=1e-5)
