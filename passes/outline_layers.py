@@ -74,7 +74,7 @@ def _lists_of_layers(graph: PackGraph) -> set[str]:
     members: dict[str, set[str]] = {}
     for element in itertools.chain.from_iterable(stacks):
         members.setdefault(element.list, set()).add(element.path)
-    found = set()
+    found: set[str] = set()
     for stack in stacks:
         several = [element for element in stack if len(members[element.list]) > 1]
         found.update(element.list for element in (several or stack)[:1])

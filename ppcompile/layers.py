@@ -6,7 +6,7 @@ and buffers when it runs and not before: in between they may be sharded over ran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from .passes.base import PackGraph, input_nodes
-from .sharding import Sharding, is_sharded, run_sharded
+from .shard_hooks import run_sharded
+from .sharding import Sharding, is_sharded
 
 __all__ = ["CHECKPOINT", "COMPILE", "PackedLayer", "Runner"]
 
@@ -23,6 +24,7 @@ CHECKPOINT = (None, "layer")
 COMPILE = (False, True, "layer")
 
 Program = Callable[..., tuple[Any, ...]]
+_FLAG = "gradient_checkpointing"
 
 
 class _State:
@@ -125,11 +127,9 @@ class Runner:
         return result
 
     def _inputs(self, layout: Mapping[str, Tensor]) -> list[Tensor]:
-        state, constants = iter(self._state.read()), self.graph.constants
-        return [
-            next(state) if node.name in self.graph.state else constants.get(node.name, layout.get(node.name))
-            for node in input_nodes(self.graph.graph)
-        ]
+        state, known = iter(self._state.read()), {**layout, **self.graph.constants}
+        names = (node.name for node in input_nodes(self.graph.graph))
+        return [next(state) if name in self.graph.state else known[name] for name in names]
 
 
 def _recomputed(recompute: Callable[..., Any], program: Program, *inputs: Any) -> tuple[Any, ...]:
@@ -154,9 +154,10 @@ def _checkpointing(model: nn.Module, path: str, *, wanted: bool) -> Callable[...
     """
     layer = model.get_submodule(path)
     parents = [model.get_submodule(".".join(path.split(".")[:n])) for n in range(path.count(".") + 1)]
-    flagged = [module for module in (layer, *reversed(parents)) if hasattr(module, "gradient_checkpointing")][:1]
-    if layer.training and any(module.gradient_checkpointing is True for module in flagged):
-        own: Callable[..., Any] = getattr(flagged[0], "_gradient_checkpointing_func", checkpoint)
+    around: Iterator[Any] = (module for module in (layer, *reversed(parents)) if hasattr(module, _FLAG))
+    flagged = next(around, None)
+    if layer.training and flagged is not None and getattr(flagged, _FLAG) is True:
+        own: Callable[..., Any] = getattr(flagged, "_gradient_checkpointing_func", checkpoint)
         return own
     return checkpoint if wanted else None
 

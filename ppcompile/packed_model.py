@@ -25,7 +25,8 @@ from .pipeline import Compiled, compile_model
 from .pooled import pooled_slots
 from .runtime.batch import PackedBatch
 from .runtime.rows import unpacked_rows
-from .sharding import MARKS, Sharding, user_hooks
+from .shard_hooks import user_hooks
+from .sharding import MARKS, Sharding
 
 __all__ = ["PackedModel", "PackedOutput", "PackedRewards", "wrap"]
 
@@ -255,7 +256,7 @@ class PackedModel(nn.Module):
         modules = tuple(
             (id(m), m.training, _adapters(m), *user_hooks(m), len(m._backward_hooks)) for m in model.modules()
         )
-        parameters = tuple((name, sharding.dtype(name, p), p.device) for name, p in model.named_parameters())
+        parameters = tuple((name, sharding.dtype(name, p), sharding.device(p)) for name, p in model.named_parameters())
         buffers = tuple(
             (name, b.dtype, b.device, self._buffers_seen.number(name, b)) for name, b in model.named_buffers()
         )

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import zoo
 from ranks import WORLD, Ranks
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -20,12 +21,24 @@ import ppcompile
 from ppcompile import layers
 from ppcompile.verification import unpacked_logps
 
+
+class Twice(zoo.PlainGPT):
+    """Runs through its blocks a second time."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1]))
+        for block in (*self.blocks, *self.blocks):
+            x = block(x)
+        return self.head(self.norm(x))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": zoo.EXACT["llama"],
     "mixed_windows": zoo.EXACT["gemma2"],
     "tied_head": zoo._transformers("llama", tie_word_embeddings=True),
     "experts": zoo._transformers("mixtral", num_local_experts=4, num_experts_per_tok=2),
     "unpacked_rows": zoo._plain(mixer=zoo.Convolution),
+    "layers_used_twice": lambda: zoo.sharpen(Twice()).eval(),
 }
 ORDERS = ("wrap, shard the wrapped", "wrap, shard the model", "shard, wrap")
 
@@ -105,6 +118,7 @@ def equals_one_process(name: str, order: str, checkpoint: str | None) -> None:
         ("tied_head", ORDERS[1], None),
         ("experts", ORDERS[2], "layer"),
         ("unpacked_rows", ORDERS[2], None),
+        ("layers_used_twice", ORDERS[1], "layer"),
     ],
 )
 def test_forward_gradients_and_step_are_bit_equal(ranks: Ranks, name: str, order: str, checkpoint: str | None) -> None:
@@ -256,6 +270,11 @@ def refuses() -> None:
     shard(model)
     with pytest.raises(ValueError, match=r"'blocks.0.norm1.weight' is sharded where the packed graph reads it"):
         ppcompile.wrap(model)(batch)
+
+    model = zoo.EXACT["plain_fused"]()
+    replicate(model)
+    with pytest.raises(ValueError, match=r"the model has a hook of torch\.distributed\._composable\.replicate"):
+        ppcompile.wrap(model)
 
     model = zoo.EXACT["plain_fused"]()
     model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), init_device_mesh("cpu", (WORLD,))))

@@ -115,13 +115,15 @@ def test_layers_that_compute_the_same_share_one_body() -> None:
     assert bodies(packed_graph(MODELS["gemma2"](), outlined=True)) == [["0", "2"], ["1"], ["3"]]  # windows alternate
 
 
-@pytest.mark.parametrize("changed", ["eps", "heads", "dtype"])
+@pytest.mark.parametrize("changed", ["eps", "heads", "dtype", "width"])
 def test_lookalikes_do_not(changed: str) -> None:
     model = Layers(in_turn).eval()
     if changed == "eps":
         model.layers[1].norm1.eps *= 1 + 1e-12
     elif changed == "heads":
         model.layers[1].attention.heads = 2
+    elif changed == "width":
+        model.layers[1].mlp = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32))
     else:
         model.layers[1].norm1.double()
         model.layers[1].norm1.forward = lambda x: nn.functional.layer_norm(
