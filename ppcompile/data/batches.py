@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppcompile.data.samples import Sample
-from ppcompile.runtime.batch import PackedBatch, pack_records
+from ppcompile.runtime.batch import PackedBatch, check_share, pack_records
 from ppcompile.runtime.packing.packs import PackPlan
 
 __all__ = ["PackCollator", "PreferenceBatch", "check_pairs", "samples_of", "write_pack"]
@@ -60,26 +60,34 @@ def check_pairs(samples: Sequence[Sample]) -> None:
 
 @dataclass(frozen=True)
 class PackCollator:
-    """For a ``DataLoader`` of your own: the samples of one pack, as :class:`PackBatchSampler` chose them, to tensors.
+    """For a ``DataLoader`` of your own: the samples of one pack to tensors.
 
-        samples = TokenizedDataset(dataset, tokenizer)
-        sampler = PackBatchSampler(samples, max_tokens=16384)
-        DataLoader(samples, batch_sampler=sampler, collate_fn=PackCollator(), num_workers=2, pin_memory=True)
+    ``PackBatchSampler.collator()`` makes the one that fits its packs.
 
     Attributes:
-        share: as the sampler's.
+        share: ``"prompt"`` or ``"tree"``, as for ``ppcompile.pack``.
+        max_tokens: a pack beyond it is an error: it was chosen under another ``share``, or by other means.
         pad_to_multiple_of, pad_token_id: as in ``ppcompile.pack``.
     """
 
     share: str = "prompt"
+    max_tokens: int | None = None
     pad_to_multiple_of: int = 1
     pad_token_id: int = 0
 
+    def __post_init__(self) -> None:
+        check_share(self.share)
+
     def __call__(self, samples: Sequence[Sample]) -> PreferenceBatch:
-        """One pack; ``group_index`` are rows of the data set. It knows no step: ``PackBatchSampler.totals()`` does."""
+        """One pack; ``group_index`` are rows of the data set. It knows no step: ``PackBatchSampler.totals()`` does.
+
+        Raises:
+            ValueError: they are more than ``max_tokens``.
+        """
         batch = pack_records(
             [sample.record for sample in samples],
             share=self.share,
+            max_tokens=self.max_tokens,
             pad_to_multiple_of=self.pad_to_multiple_of,
             pad_token_id=self.pad_token_id,
             group_index=[sample.index for sample in samples],

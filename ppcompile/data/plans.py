@@ -46,18 +46,18 @@ class Position(NamedTuple):
 class Packing:
     """Everything but the data and the epoch that decides which packs a rank gets; see ``ppcompile.packs``."""
 
-    max_tokens: int
-    share: str
-    seed: int
-    shuffle: bool
-    sort: bool
-    oversize: str | tuple[str, ...]
-    split_groups: bool
-    window: int
-    packs_per_step: int
-    cost: CostModel | None
-    rank: int
-    world_size: int
+    max_tokens: int = 16384
+    share: str = "prompt"
+    seed: int = 0
+    shuffle: bool = True
+    sort: bool = False
+    oversize: str | tuple[str, ...] = "error"
+    split_groups: bool = False
+    window: int = 64
+    packs_per_step: int = 1
+    cost: CostModel | None = None
+    rank: int = 0
+    world_size: int = 1
 
     def plans(self, samples: Iterable[Sample], epoch: int) -> PackPlans:
         """The plans of one epoch."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch.utils.data import Sampler
 
+from ppcompile.data.batches import PackCollator
 from ppcompile.data.plans import Packing, Position, numbered, rank_and_world
 from ppcompile.data.tokenized import TokenizedDataset
 from ppcompile.runtime.batch import StepTotals
-from ppcompile.runtime.packing.cost import CostModel
 
 __all__ = ["PackBatchSampler"]
 
@@ -21,7 +21,7 @@ class PackBatchSampler(Sampler[list[int]]):
 
         samples = TokenizedDataset(dataset, tokenizer)
         sampler = PackBatchSampler(samples, max_tokens=16384)
-        loader = DataLoader(samples, batch_sampler=sampler, collate_fn=PackCollator(), num_workers=2)
+        loader = DataLoader(samples, batch_sampler=sampler, collate_fn=sampler.collator(), num_workers=2)
 
     In ``torchdata``'s ``StatefulDataLoader`` the place in the epoch is part of the loader's state. Samples are taken
     whole: a record beyond the budget is an error or left out; cut long records with ``RecordTokenizer``'s limits, or
@@ -37,23 +37,23 @@ class PackBatchSampler(Sampler[list[int]]):
         self,
         samples: TokenizedDataset,
         *,
-        max_tokens: int = 16384,
-        share: str = "prompt",
-        seed: int = 0,
-        shuffle: bool = True,
-        sort: bool = False,
         oversize: str = "error",
-        window: int = 64,
-        packs_per_step: int = 1,
-        cost: CostModel | None = None,
         rank: int | None = None,
         world_size: int | None = None,
+        **packing: Any,
     ) -> None:
-        """Arguments are those of ``ppcompile.packs``; ranks default to those of ``torch.distributed``.
+        """Choose what decides the packs.
+
+        Args:
+            samples: the data set of the ``DataLoader``.
+            oversize: what a record beyond the budget does: ``"error"`` or ``"drop"``.
+            rank, world_size: default to those of ``torch.distributed``, if it is initialized.
+            packing: ``max_tokens``, ``share``, ``seed``, ``shuffle``, ``sort``, ``window``, ``packs_per_step`` and
+                ``cost`` of ``ppcompile.packs``.
 
         Raises:
             TypeError: ``samples`` is something else, such as records that have no lengths yet.
-            ValueError: an option that is not accepted.
+            TypeError, ValueError: an option that is not accepted.
         """
         if not isinstance(samples, TokenizedDataset):
             raise TypeError(
@@ -66,20 +66,7 @@ class PackBatchSampler(Sampler[list[int]]):
             )
         rank, world_size = rank_and_world(rank, world_size)
         self.samples = samples
-        self.packing = Packing(
-            max_tokens=max_tokens,
-            share=share,
-            seed=seed,
-            shuffle=shuffle,
-            sort=sort,
-            oversize=oversize,
-            split_groups=False,
-            window=window,
-            packs_per_step=packs_per_step,
-            cost=cost,
-            rank=rank,
-            world_size=world_size,
-        )
+        self.packing = Packing(oversize=oversize, split_groups=False, rank=rank, world_size=world_size, **packing)
         self.packing.plans([], 0)  # refuse options now, not at the first batch
         self.epoch = 0
 
@@ -92,6 +79,10 @@ class PackBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return self.packing.count(self._by_place(), self.epoch)
+
+    def collator(self, *, pad_to_multiple_of: int = 1, pad_token_id: int = 0) -> PackCollator:
+        """The collate function that goes with this sampler's packs."""
+        return PackCollator(self.packing.share, self.packing.max_tokens, pad_to_multiple_of, pad_token_id)
 
     def totals(self) -> list[StepTotals]:
         """For each pack of the epoch, the totals of the optimizer step it belongs to, over all ranks."""

@@ -588,7 +588,7 @@ def test_options_are_refused_at_once(options, error, said, streaming):
 def own_loader(kind=DataLoader, num_workers: int = 0, **options):
     samples = TokenizedDataset(groups(40))
     sampler = PackBatchSampler(samples, **SMALL, **options)
-    return kind(samples, batch_sampler=sampler, collate_fn=PackCollator(), num_workers=num_workers)
+    return kind(samples, batch_sampler=sampler, collate_fn=sampler.collator(), num_workers=num_workers)
 
 
 def test_sampler_and_collator_make_the_packs_of_the_loader_in_a_plain_dataloader():
@@ -645,11 +645,27 @@ def test_splits_and_columns_are_no_list_of_records(make_tokenizer):
             read_preferences(data)
 
 
+def test_a_collator_of_another_share_does_not_go_beyond_the_budget():
+    alike = [Group([5] * 20, [[6, n], [7, n]]) for n in range(8)]
+    samples = TokenizedDataset(alike)
+    sampler = PackBatchSampler(samples, share="tree", max_tokens=50)
+    loader = DataLoader(samples, batch_sampler=sampler, collate_fn=sampler.collator())
+    assert [batch.num_groups for batch in loader] == [8]
+    loader = DataLoader(samples, batch_sampler=sampler, collate_fn=PackCollator(max_tokens=50))
+    with pytest.raises(ValueError, match="max_tokens=50"):
+        next(iter(loader))
+    with pytest.raises(ValueError, match="share='forest'"):
+        PackCollator("forest")
+
+
 def test_what_an_index_cannot_say_is_refused():
     with pytest.raises(TypeError, match=r"samples must be a TokenizedDataset, got list\. Try: TokenizedDataset"):
         PackBatchSampler(groups(3))
     with pytest.raises(ValueError, match="oversize='split' is not accepted; an index stands for a whole record"):
         PackBatchSampler(TokenizedDataset(groups(3)), oversize="split")
+    for option in ("split_groups", "batch_size"):
+        with pytest.raises(TypeError, match=f"argument '{option}'"):
+            PackBatchSampler(TokenizedDataset(groups(3)), **{option: 1})
 
 
 def test_accelerate_leaves_the_loader_as_it_is():
