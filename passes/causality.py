@@ -69,17 +69,28 @@ def prove_causal(call: UnsharedCall, positional: InputsAt, *, longest: int | Non
         brief: for a module of which one like it has been proved in full.
     """
     effort = (_BRIEF if brief else _FULL).within(longest or _LONG)
+    try:
+        # In double, so that rounding seldom decides which keys or experts are picked.
+        return _prove(call, positional, effort, longest or _LONG, brief, torch.float64)
+    except _Failed:
+        pass  # some kernels know no doubles
+    try:
+        return _prove(call, positional, effort, longest or _LONG, brief, torch.float32)
+    except _Failed as failed:
+        return str(failed)
+
+
+def _prove(
+    call: UnsharedCall, positional: InputsAt, effort: _Effort, longest: int, brief: bool, dtype: torch.dtype
+) -> str | None:
     for seed, weights in enumerate((_own, _random)):
-        module = weights(_copy(call.module.wrapped))
-        run = _Run(call, call.module.bound_to(module), positional)
+        module = weights(_copy(call.module.wrapped, dtype))
+        run = _Run(call, call.module.bound_to(module), positional, dtype)
         before = {name: buffer.clone() for name, buffer in module.named_buffers()}
         for scale in effort.scales:
-            try:
-                finding = _compare(run, effort, scale, seed)
-                if finding is None and not brief and scale == effort.scales[0]:
-                    finding = _compare_long(run, effort.length, min(_LONG, longest or _LONG))
-            except _Failed as failed:
-                finding = str(failed)
+            finding = _compare(run, effort, scale, seed)
+            if finding is None and not brief and scale == effort.scales[0]:
+                finding = _compare_long(run, effort.length, min(_LONG, longest))
             if finding is not None:
                 return finding
         if any(not torch.equal(buffer, before[name]) for name, buffer in module.named_buffers()):
@@ -90,9 +101,10 @@ def prove_causal(call: UnsharedCall, positional: InputsAt, *, longest: int | Non
 # --------------------------------------------------------------------------- the module, copied
 
 
-def _copy(module: nn.Module) -> nn.Module:
-    """The module in float32, without dropout: its draws would differ from run to run."""
-    twin = copy.deepcopy(module).float()
+def _copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module in ``dtype``, without dropout: its draws would differ from run to run."""
+    twin = copy.deepcopy(module)
+    twin = twin.double() if dtype == torch.float64 else twin.float()  # leaves complex buffers alone, unlike .to
     for part in twin.modules():
         for name, value in vars(part).items():
             if ("drop" in name and isinstance(value, float)) or (isinstance(part, nn.Dropout) and name == "p"):
@@ -125,8 +137,8 @@ class _Failed(Exception):
 class _Run:
     """Runs a module on rows of drawn tokens."""
 
-    def __init__(self, call: UnsharedCall, module: nn.Module, positional: InputsAt) -> None:
-        self.call, self.module, self.positional = call, module, positional
+    def __init__(self, call: UnsharedCall, module: nn.Module, positional: InputsAt, dtype: torch.dtype) -> None:
+        self.call, self.module, self.positional, self.dtype = call, module, positional, dtype
         self.parameters = [p for p in module.wrapped.parameters() if p.requires_grad]  # type: ignore[union-attr]
 
     def draw(self, length: int, scale: float, seed: int) -> list[Tensor | None]:
@@ -137,7 +149,7 @@ class _Run:
             drawn.append(
                 None if known is not None or not axes.tokens else _tokens_like(sample, axes, length, scale, generator)
             )
-        return drawn
+        return [t.to(self.dtype) if t is not None and t.is_floating_point() else t for t in drawn]
 
     def inputs(self, drawn: Sequence[Tensor | None], row: int | None, length: int) -> list[Tensor]:
         """All inputs, for all rows or for one of them, cut to ``length`` tokens."""
@@ -147,7 +159,7 @@ class _Run:
         ):
             if tokens is None:
                 value = sample if known is None else known.to(sample.device)
-                value = value.float() if value.is_floating_point() else value
+                value = value.to(self.dtype) if value.is_floating_point() else value
                 count = _ROWS if row is None else 1
                 given.append(value if axes.batch is None else _expand(value, axes.batch, count))
                 continue
