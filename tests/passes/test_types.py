@@ -199,7 +199,7 @@ MIXES: dict[str, Function] = {
     "kth_value": lambda x, w: x.kthvalue(1, dim=1)[0],
     "largest_and_smallest_of_all": lambda x, w: x - x.aminmax()[0],
     "count_nonzero": lambda x, w: x * (x > 0).count_nonzero(),
-    "gather_from_table_by_index": lambda x, w: w.repeat(9, 1)[: x.shape[1]][None].gather(2, x.argsort(-1)),
+    "gather_from_table_by_index": lambda x, w: w.repeat(9, 1)[None].gather(2, x.argsort(-1)),
     "index_of_tokens": lambda x, w: x[:, w.argmax(-1)],
     "index_columns_of_other_tokens": lambda x, w: x[0, :, :][:, x.argmax(-1)[0]],
     "index_add": lambda x, w: x.index_add(1, x.argmax(-1)[0], x),
