@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import io
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -235,8 +236,8 @@ def _rename_modules(graph_module: torch.fx.GraphModule) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Export warns about internals that the passes check themselves."""
-    with warnings.catch_warnings():
+    """Export warns about internals that the passes check themselves, and prints the whole graph where it gives up."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 
