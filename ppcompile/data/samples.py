@@ -25,6 +25,7 @@ from ppcompile.data.records import (
     Preference,
     one_of,
     pairs_of_scores,
+    parse_json,
     preference_from,
     read_scores,
 )
@@ -86,6 +87,8 @@ class SampleReader:
     def __call__(self, index: int, where: str, raw: Any) -> Sample | BadRecord:
         """One row; ``where`` is what to call it if the record does not say better."""
         try:
+            if isinstance(raw, str):  # a line of a file
+                raw = parse_json(raw, where)
             if isinstance(raw, TokenizedPreference):
                 return self._tokenized(index, raw, "tokenized", raw.pairs)
             if isinstance(raw, Preference):

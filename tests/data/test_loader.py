@@ -136,7 +136,12 @@ def test_every_kind_of_data_set_gives_the_same_packs(make_tokenizer, tmp_path):
     encode = RecordTokenizer(tokenizer)
     preferences = read_preferences(data)
     tokens = [encode(record) for record in preferences]
+    ids_file = tmp_path / "ids.jsonl"
+    ids_file.write_text(
+        "\n".join(json.dumps({"prompt": t.prompt, "responses": t.responses, "scores": t.scores}) for t in tokens)
+    )
     kinds = {
+        "a file of token ids": ids_file,
         "a table": datasets.Dataset.from_list(data),
         "a file": file,
         "records": preferences,
