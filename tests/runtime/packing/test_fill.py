@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from packing_cases import ENTRIES, items_of, stored_tokens
 
 from ppcompile.runtime.groups import Group
-from ppcompile.runtime.packing.fill import fill_packs, pack_of
+from ppcompile.runtime.packing.fill import _best_fit, fill_packs, pack_of
 from ppcompile.runtime.packing.oversize import Budget
 from ppcompile.runtime.packing.report import PackingReport
 
@@ -84,6 +84,18 @@ def test_groups_of_one_size_fill_packs_only_where_they_may_be_split():
     assert len(whole) == 15
     assert len(parts) == 12
     assert sum(len(pack.items) for pack in parts) < 30 + 12, "few groups are split"
+
+
+@quick
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(30, 60))
+def test_the_last_item_is_the_larger_of_the_best_pair(needs, space):
+    item, filled, alone = _best_fit(np.array(needs), space)
+    pairs = [needs[a] + needs[b] for a in range(len(needs)) for b in range(a)]
+    assert filled == max([*needs, *(pair for pair in pairs if pair <= space)])
+    assert alone == (filled == needs[item])
+    if not alone:
+        assert filled - needs[item] <= needs[item]
+        assert filled - needs[item] in needs[:item] + needs[item + 1 :]
 
 
 def test_without_a_generator_the_result_is_a_function_of_the_items():

@@ -215,6 +215,13 @@ def test_a_stream_is_read_a_window_at_a_time():
     assert most < 25 * per_pack
 
 
+@pytest.mark.parametrize("share", ["prompt", "tree"])
+def test_packs_are_full_across_windows(share):
+    plans = plan_packs(iter(random_groups(600)), max_tokens=1000, window=4, share=share)
+    fill = sorted(plan.work.tokens / 1000 for plan in plans)
+    assert np.mean(fill[1:]) > 0.98
+
+
 def test_streams_and_lists_hold_the_same_groups():
     groups = random_groups(100)
     assert placed(packs(iter(groups), max_tokens=500)) == placed(packs(groups, max_tokens=500)) == everything(groups)
