@@ -71,7 +71,7 @@ def _before(module: nn.Module, inputs: Tensors) -> Tensors:
     for key, hook in module._forward_pre_hooks.items():
         if _shards(hook):
             assert key in module._forward_pre_hooks_with_kwargs, "hooks of fully_shard take keywords"
-            seen, _ = hook(module, given, {})
+            seen, _ = hook(module, given, {}) or (given, {})  # a hook that returns nothing leaves things as they are
             given = _as_captured(given, seen)
     replaced = dict(zip(places, given, strict=True))
     return tuple(replaced.get(n, value) for n, value in enumerate(inputs))
@@ -81,7 +81,7 @@ def _after(module: nn.Module, inputs: Tensors, outputs: Tensors) -> Tensors:
     """Call the hooks that free. They see the outputs, whose gradients tell when to gather again."""
     for hook in module._forward_hooks.values():
         if _shards(hook):
-            outputs = _as_captured(outputs, hook(module, inputs, outputs))
+            outputs = _as_captured(outputs, hook(module, inputs, outputs) or outputs)
     return outputs
 
 
