@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import ppcompile
 from ppcompile.capture import call_model
 
-from .double import InDouble
-from .models import lonely_kinds
+from .double import widened
+from .models import lonely_kinds, other_modality
 
 __all__ = ["OUTCOMES", "Result", "check", "example_groups"]
 
@@ -149,23 +149,33 @@ def _checked(
         masks=dict(Counter(_meaning(site) for site in graph.sites)),
         unshared=tuple(map(str, getattr(graph, "unshared", ()))),
     )
-    forward, gradient, worst = _differences(model, packed, groups, floor=0.0)
-    result = replace(result, forward=forward, gradient=gradient, worst=worst)
-    if forward <= FORWARD and gradient <= GRADIENT:
+    single = _differences(model, packed, groups, floor=0.0)
+    result = replace(
+        result,
+        forward=single.forward,
+        gradient=single.gradient,
+        worst=single.worst,
+        notes=(*result.notes, *_unreached(single.unreached)),
+    )
+    if single.within(FORWARD, GRADIENT):
         return result
-    wide = InDouble(build())
-    forward, gradient, worst = _differences(wide, ppcompile.wrap(wide), groups, floor=ZERO)
-    exact = forward <= DOUBLE and gradient <= DOUBLE
-    single = f"float32: {result.forward:.1e} nats, gradient of {result.worst} {result.gradient:.1e}"
+    wide = build().double()
+    with widened():
+        double = _differences(wide, ppcompile.wrap(wide), groups, floor=ZERO)
     return replace(
         result,
-        outcome="exact" if exact else "wrong",
-        forward=forward,
-        gradient=gradient,
-        worst=worst,
+        outcome="exact" if double.within(DOUBLE, DOUBLE) else "wrong",
+        forward=double.forward,
+        gradient=double.gradient,
+        worst=double.worst,
         double=True,
-        reason=single,
+        reason=f"float32: {single.forward:.1e} nats, gradient of {single.worst} {single.gradient:.1e}",
     )
+
+
+def _unreached(names: Sequence[str]) -> list[str]:
+    text = [name for name in names if not other_modality(name)]
+    return [f"no gradient reaches {len(text)} parameters, such as {text[0]}"] if text else []
 
 
 def _meaning(site: object) -> str:
@@ -188,10 +198,21 @@ def unpacked(model: nn.Module, groups: Sequence[ppcompile.Group]) -> Tensor:
     return torch.cat(found)
 
 
-def _differences(
-    model: nn.Module, packed: nn.Module, groups: Sequence[ppcompile.Group], floor: float
-) -> tuple[float, float, str]:
-    """Largest difference of values and of gradients, and the parameter of the latter, over both kinds of sharing."""
+@dataclass(frozen=True)
+class _Differences:
+    """Largest difference of values and of gradients, the parameter of the latter, and those without any gradient."""
+
+    forward: float
+    gradient: float
+    worst: str
+    unreached: list[str]
+
+    def within(self, forward: float, gradient: float) -> bool:
+        return self.forward <= forward and self.gradient <= gradient
+
+
+def _differences(model: nn.Module, packed: nn.Module, groups: Sequence[ppcompile.Group], floor: float) -> _Differences:
+    """Packed against unpacked, over both kinds of sharing."""
     expected = unpacked(model, groups)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(expected.dtype)
     reference = _gradients(model, expected, weights)
@@ -200,7 +221,7 @@ def _differences(
         logps = packed(ppcompile.pack(groups, share=share, pad_to_multiple_of=16)).token_logps
         values.append(_finite((logps - expected).abs().max().item()))
         gradients.append(_largest_difference(_gradients(model, logps, weights), reference, floor))
-    return (max(values), *max(gradients))
+    return _Differences(max(values), *max(gradients), [name for name, g in reference.items() if not g.any()])
 
 
 def _gradients(model: nn.Module, logps: Tensor, weights: Tensor) -> Gradients:

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-__all__ = ["APART", "POSITIONS", "POST_NORM", "VOCABULARY", "configuration", "registered_types"]
+__all__ = ["APART", "EXPERTS", "POSITIONS", "POST_NORM", "VOCABULARY", "configuration", "registered_types"]
 
 VOCABULARY = 97  # prime: no other size of a model equals it by chance
 POSITIONS = 257
@@ -91,7 +91,10 @@ class Part:
 _SLIDING_AND_FULL = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"] * 2}
 _UNGROUPED = {"num_key_value_heads": _HEADS}
-_SPARSE_INDEX = {**_UNGROUPED, "index_topk": 7, "index_n_heads": 2, "index_head_dim": 12}
+# With few heads many keys score exactly zero (relu), and which of them a top-k picks is not defined.
+# Scores of an index are sums of rectified products: with few heads many are zero, and whichever of them comes first is
+# picked, which differs between rows of different lengths in the model itself.
+_SPARSE_INDEX = {**_UNGROUPED, "index_topk": 7, "index_n_heads": 16, "index_head_dim": 12}
 _HALF_ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
 _GPT = {"n_positions": POSITIONS, "n_embd": _WIDTH, "n_layer": LAYERS, "n_head": _HEADS}
 _VISION = {"hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -131,13 +134,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA_2, "attn_layer_indices": [1, 3]},
     "bart": _DECODER,
     "beam": _SLIDING_AND_FULL,
+    "big_bird": {"attention_type": "original_full"},  # the other type is for encoders
     "bigbird_pegasus": _DECODER,
     "blenderbot": _DECODER,
     "blenderbot-small": _DECODER,
     "bloom": {"n_layer": LAYERS, "n_head": _HEADS},
-    "codegen": {**_GPT, "rotary_dim": 8},
-    "cohere2": _SLIDING_AND_FULL,
-    "cohere2_moe": {**_SLIDING_AND_FULL, "num_shared_experts": 1, "prefix_dense_intermediate_size": 44},
     "blt": {
         "encoder_hash_byte_group_size": [3, 4],
         "encoder_hash_byte_group_vocab": 101,
@@ -147,6 +148,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "encoder_config": Part("blt_local_encoder", {"hidden_size_global": 96, "cross_attn_all_layers": True}),
         "decoder_config": Part("blt_local_decoder", {"hidden_size_global": 96}),
         "global_config": Part("blt_global_transformer", {"hidden_size": 96}),
+    },
+    "codegen": {**_GPT, "rotary_dim": 8},
+    "cohere2": _SLIDING_AND_FULL,
+    "cohere2_moe": {
+        **_SLIDING_AND_FULL,
+        "attention_bias": False,
+        "num_shared_experts": 1,
+        "prefix_dense_intermediate_size": 44,
     },
     "cohere_compass_text": {
         **_SLIDING_AND_FULL,
@@ -185,7 +194,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "compress_rates": {"heavily_compressed_attention": 6, "compressed_sparse_attention": 4},
         "o_groups": 2,
         "o_lora_rank": 13,
-        "index_n_heads": 2,
+        "index_n_heads": 16,
         "index_head_dim": 12,
         "index_topk": 3,
         "hc_mult": 3,
@@ -261,6 +270,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "attention_k_eq_v": True,
     },
     "git": {"vision_config": {**_VISION, "image_size": 12, "patch_size": 4}},
+    "glm4_moe_lite": _UNGROUPED,
+    "glm_moe_dsa": _SPARSE_INDEX,
     "got_ocr2": {
         "text_config": Part("qwen2"),
         "vision_config": {
@@ -288,13 +299,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "granitemoe_swa": {**_SLIDING_AND_FULL, "shared_intermediate_size": 28},
     "granitemoehybrid": {**_MAMBA_2, **_LINEAR_AND_FULL, "shared_intermediate_size": 28},
     "granitemoeshared": {"shared_intermediate_size": 28},
-    "glm4_moe_lite": _UNGROUPED,
-    "glm_moe_dsa": _SPARSE_INDEX,
     "helium": {"head_dim": 12},
     "hunyuan_v1_moe": {"moe_topk": 2},
     "hy_v4": _SPARSE_INDEX,
-    "inkling_text": _INKLING,
     "inkling2_text": {**_INKLING, "n_layers_per_attn_res_block": 2},
+    "inkling_text": _INKLING,
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -314,6 +323,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 6,
         "layer_types": ["conv", "sliding_attention", "full_attention"] * 2,
     },
+    "llama4": {"text_config": Part("llama4_text")},
     "llama4_text": {
         "layer_types": ["chunked_attention", "full_attention"] * 2,
         "moe_layers": [2, 3],
@@ -321,7 +331,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "floor_scale": 7,
         "intermediate_size_mlp": 44,
     },
-    "llama4": {"text_config": Part("llama4_text")},
     "longcat_flash": {
         **_UNGROUPED,
         "num_layers": LAYERS,
@@ -367,9 +376,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "chunk_size": 8,
         "moe_shared_expert_intermediate_size": 28,
     },
+    "olmo": {"clip_qkv": 1.5},
     "olmo3": _SLIDING_AND_FULL,
     "olmo_hybrid": _LINEAR_AND_FULL,
-    "olmo": {"clip_qkv": 1.5},
     "olmoe": {"clip_qkv": 1.5},
     "openai-gpt": _GPT,
     "opt": {"ffn_dim": 56, "word_embed_proj_dim": 44},
@@ -388,6 +397,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
             "bias_max_distance": 10,
         },
     },
+    "plbart": {name: value for name, value in _DECODER.items() if name != "decoder_start_token_id"},
     "prophetnet": {
         "num_encoder_layers": LAYERS,
         "num_encoder_attention_heads": _HEADS,
@@ -399,7 +409,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "relative_max_distance": 29,
         "add_cross_attention": False,
     },
-    "plbart": {name: value for name, value in _DECODER.items() if name != "decoder_start_token_id"},
     "qwen2": {**_SLIDING_AND_FULL, "use_sliding_window": True},
     "qwen2_moe": {**_SLIDING_AND_FULL, "use_sliding_window": True, "mlp_only_layers": [0, 1]},
     "qwen3": {**_SLIDING_AND_FULL, "use_sliding_window": True},
@@ -421,7 +430,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "ngram_vocab_size_base": 101,
         "make_ngram_vocab_size_divisible_by": 1,
         "split_ngram_parts": 1,
-        "indexer_n_heads": 2,
+        "indexer_n_heads": 16,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 20,
         "indexer_budget": 8,

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["InDouble"]
+__all__ = ["widened"]
 
 
-class InDouble(nn.Module):
-    """``model`` in float64: parameters, buffers, and what norms, softmaxes and rotary tables cast to float32.
+@contextlib.contextmanager
+def widened() -> Iterator[None]:
+    """Calls of torch that name float32 get float64, and so do those that name nothing.
 
-    Args:
-        model: changed in place.
+    Norms, softmaxes and rotary tables of most models compute in float32 whatever the model's own type is.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model.double()
-        self.config = model.config
-
-    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
-        """As the model's own, without a cache."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
         with _Widened():
-            return self.model(input_ids)
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class _Widened(TorchFunctionMode):
-    """Calls of torch that name float32 get float64."""
-
     def __torch_function__(
         self,
         func: Callable[..., Any],

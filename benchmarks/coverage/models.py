@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from .configs import POST_NORM, configuration
+from .configs import EXPERTS, POST_NORM, configuration
 
-__all__ = ["LARGEST", "build", "lonely_kinds", "sharpen"]
+__all__ = ["LARGEST", "build", "lonely_kinds", "other_modality", "sharpen"]
 
 LARGEST = 3_000_000
 """Parameters of a tiny model at most: more means that a size was left at its default."""
@@ -38,7 +38,7 @@ def sharpen(model: nn.Module, spread: float, seed: int = 0) -> nn.Module:
     moved by 0.3 from where it was.
 
     Attention is then far from uniform, gates are open and shut, and no bias, sink or norm is where a mistake about it
-    would not be seen. Buffers that correct expert scores start at zero and are moved too.
+    would not be seen. Buffers that correct expert scores start at zero and are moved too; tables of experts are drawn.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -50,6 +50,10 @@ def sharpen(model: nn.Module, spread: float, seed: int = 0) -> nn.Module:
                 tensor.copy_(spread * noise)
             else:
                 tensor.add_(0.3 * noise)
+        for name, table in model.named_buffers():
+            if name.endswith("tid2eid"):  # the experts of each token id; all zero until weights are loaded
+                choices = torch.rand(table.shape[0], EXPERTS, generator=generator).argsort(1)
+                table.copy_(choices[:, : table.shape[1]])
     return model
 
 
@@ -76,7 +80,12 @@ def lonely_kinds(model: nn.Module) -> Mapping[str, list[str]]:
 def _is_stack(name: str) -> bool:
     """True for layers of the language model: lists inside layers hold experts, and rotary tables are no layers."""
     nested = any(part.isdigit() for part in name.split("."))
-    return not nested and not any(word in name for word in ("vision", "image", "audio", "rotary"))
+    return not nested and not other_modality(name) and "rotary" not in name
+
+
+def other_modality(name: str) -> bool:
+    """True for a module or parameter of a vision or audio tower, by its name."""
+    return any(word in name for word in ("vision", "visual", "image", "audio", "img"))
 
 
 def _lonely(stack: nn.ModuleList) -> list[str]:
