@@ -1,0 +1,123 @@
+"""The numbers of a study as rows of text, for the terminal and the page alike; the first row is the header."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ppcompile.plan.lengths import Distribution
+from ppcompile.plan.study import Study
+
+__all__ = [
+    "budget_rows",
+    "gigabytes",
+    "layout_rows",
+    "length_rows",
+    "operations",
+    "padding_rows",
+    "record_rows",
+    "sharing_rows",
+    "size_line",
+]
+
+Rows = list[list[str]]
+
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+
+
+def operations(count: float) -> str:
+    """``8.25 Pflop``."""
+    power = 0
+    while count >= 1000 and power + 1 < len(_PREFIXES):
+        count, power = count / 1000, power + 1
+    return f"{count:.3g} {_PREFIXES[power]}flop"
+
+
+def gigabytes(count: float) -> str:
+    """``51.1 GB``, of 10 ** 9 bytes."""
+    return f"{count / 1e9:,.1f} GB"
+
+
+def size_line(study: Study) -> str:
+    """Which model and machine costs are predicted for."""
+    size, machine = study.size, study.machine
+    heads = f"{size.heads} heads, " if size.heads is not None else ""
+    states = f"{machine.state_bytes:g} bytes a parameter of states over {machine.shards} device(s)"
+    checkpoint = "activations recomputed by layer" if machine.checkpoint else "activations kept"
+    return (
+        f"{size.name}: {size.layers} layers, {heads}hidden {size.hidden_size:,}, vocabulary {size.vocabulary:,}, "
+        f"{8 * size.itemsize}-bit activations; {machine.memory / 1e9:,.0f} GB a device, {states}, {checkpoint}"
+    )
+
+
+def record_rows(study: Study) -> Rows:
+    """What was read, and what became of it; without a header."""
+    reading = study.reading
+    sequences = sum(sample.record.num_sequences for sample in reading.samples)
+    rows = [
+        ["records", f"{reading.records:,}"],
+        ["measured", f"{study.sample_count:,} with {sequences:,} sequences"],
+        ["spelled", reading.schema],
+        ["skipped as bad", f"{reading.bad:,}"],
+        ["no response preferred", f"{reading.undecided:,} ({'left out' if reading.pairs else 'measured too'})"],
+    ]
+    return rows + [["  bad", reason] for reason in reading.reasons]
+
+
+def length_rows(distributions: Sequence[Distribution]) -> Rows:
+    """One row a distribution."""
+    rows = [["", "least", "median", "mean", "p95", "most"]]
+    for d in distributions:
+        form = ",.0f" if d.edges[-1] > 1 else ".0%"
+        rows.append([d.title, *(format(value, form) for value in (d.least, d.median, d.mean, d.p95, d.most))])
+    return rows
+
+
+def sharing_rows(study: Study) -> Rows:
+    """Unique tokens of the set."""
+    sharing = study.sharing
+    named = {
+        "unpacked": "nothing",
+        "prompt_once": "each record's prompt",
+        "record_trie": "every beginning inside a record",
+        "set_trie": "every beginning in the set",
+    }
+    rows = [["stored once", "tokens", "fewer"]]
+    return rows + [[title, f"{getattr(sharing, k):,}", f"{sharing.reduction(k):.2f}x"] for k, title in named.items()]
+
+
+def padding_rows(study: Study) -> Rows:
+    """Waste at each batch size."""
+    rows = [["records a batch", "batches", "padding, as it comes", "padding, sorted by length"]]
+    for plain, by_length in zip(study.usual[::2], study.usual[1::2], strict=True):
+        rows.append([f"{plain.batch_size}", f"{plain.steps:,}", f"{plain.waste:.1%}", f"{by_length.waste:.1%}"])
+    return rows
+
+
+def budget_rows(study: Study) -> Rows:
+    """Packs at each budget, both ways of sharing."""
+    rows = [["max_tokens", "prompt: packs", "fewer", "filled", "tree: packs", "fewer", "filled", "memory"]]
+    for prompt, tree in zip(study.budgets[::2], study.budgets[1::2], strict=True):
+        mark = " *" if prompt.max_tokens == study.chosen.max_tokens else ""
+        cells = [text for e in (prompt, tree) for text in (f"{e.steps:,}", f"{e.reduction:.2f}x", f"{e.fill:.1%}")]
+        rows.append([f"{prompt.max_tokens:,}{mark}", *cells, gigabytes(study.bytes_of(prompt))])
+    return rows
+
+
+def layout_rows(study: Study) -> Rows:
+    """An epoch of each layout."""
+    rows = [["layout", "steps", "tokens", "padding", "an epoch", "a step", "packs take", "memory"]]
+    for layout in study.layouts:
+        best = layout is study.recommended
+        rows.append(
+            [
+                layout.name + " *" * best,
+                f"{layout.steps:,}",
+                f"{layout.slots:,}",
+                f"{layout.padding / layout.slots:.0%}",
+                operations(layout.flops),
+                operations(layout.flops / layout.steps),
+                f"{study.cheaper(layout):.2f}x less",
+                gigabytes(layout.bytes) + " !" * (layout.bytes > study.machine.memory),
+            ]
+        )
+    return rows
