@@ -1,4 +1,4 @@
-"""The command line: ``ppcompile inspect``, ``ppcompile verify``."""
+"""The command line: ``ppcompile inspect``, ``ppcompile verify``, ``ppcompile plan``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.syntax import Syntax
+
+from .plan.command import plan
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,6 +96,9 @@ def verify(
         raise typer.Exit(2) from None
 
 
+app.command()(plan)
+
+
 def main() -> None:
     """Entry point."""
     app()
@@ -102,29 +107,23 @@ def main() -> None:
 def _load(name: str, console: Console, *, weights: bool) -> nn.Module:
     """A model from a folder, a hub id or a bare configuration, random where there are no weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from .model_source import decoder_config, on_meta
 
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0]
-        message = f"{name!r} is not a model folder, a hub id that can be reached, or a config.json: {first}"
-        raise typer.BadParameter(message, param_hint="MODEL") from None
-    if config.model_type not in _decoder_types():
-        message = (
-            f"{name!r} is of type {config.model_type!r}, which transformers does not list as a causal language model"
-        )
-        raise typer.BadParameter(message, param_hint="MODEL")
+        config = decoder_config(name)
+    except ValueError as wrong:
+        raise typer.BadParameter(str(wrong), param_hint="MODEL") from None
     torch.manual_seed(0)
     if weights and not name.endswith(".json") and _has_weights(name):
         return _as_module(AutoModelForCausalLM.from_pretrained(name, dtype="auto"))
-    with torch.device("meta"):
-        on_meta = _as_module(AutoModelForCausalLM.from_config(config))
-    size = sum(p.numel() for p in on_meta.parameters())
+    bare = on_meta(config)
+    size = sum(p.numel() for p in bare.parameters())
     kind = "random weights" if weights or size < _META_FROM else "no weights (meta device)"
     console.print(f"{config.model_type}, {size / 1e6:,.1f}M parameters, {kind}")
     if size >= _META_FROM and not weights:
-        return on_meta
+        return bare
     return _as_module(AutoModelForCausalLM.from_config(config))
 
 
@@ -137,12 +136,6 @@ def _has_weights(name: str) -> bool:
     """True for a hub id, and for a folder that holds more than a configuration."""
     folder = Path(name)
     return not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
-
-
-def _decoder_types() -> set[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def _stage_diff(compiled: Compiled, before: str, after: str) -> str:
