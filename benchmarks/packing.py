@@ -87,6 +87,14 @@ def _groups(name: str) -> list[Entry]:
     return tokenized(name)
 
 
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title)
+    table.add_column("set", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("share", "groups") else "right")
+    return table
+
+
 def _seconds(run: Callable[[], Any], repeats: int) -> float:
     """Least process time of a few runs."""
     best = float("inf")
@@ -102,9 +110,9 @@ def _seconds(run: Callable[[], Any], repeats: int) -> float:
 
 def packs_table(sets: dict[str, list[Entry]], max_tokens: int, repeats: int, missed: list[str]) -> Table:
     """Fill, reduction and speed of every set."""
-    table = Table(
-        *("set", "share", "groups", "packs", "fill", "reduction", "of bound", "M tokens/s"),
-        title=f"packs of {max_tokens:,} tokens (fill: all but the emptiest pack)",
+    table = _table(
+        f"packs of {max_tokens:,} tokens (fill: all but the emptiest pack)",
+        *("share", "groups", "packs", "fill", "reduction", "of bound", "M tok/s"),
     )
     for name, groups in sets.items():
         records = [as_record(group, f"group {n}") for n, group in enumerate(groups)]
@@ -113,7 +121,7 @@ def packs_table(sets: dict[str, list[Entry]], max_tokens: int, repeats: int, mis
             if not ways["whole"].enough(share):
                 ways["split"] = _packed(groups, records, share, max_tokens, repeats, split=True)
             for way, found in ways.items():
-                table.add_row(name, share, f"{len(groups):,} {way}", *_cells(found, share))
+                table.add_row(name, share, way, *_cells(found, share))
             best = list(ways.values())[-1]
             if not best.enough(share):
                 missed.append(f"{name}, share={share}: fill {best.fill:.1%}, {best.of_bound:.1%} of its bound")
@@ -163,9 +171,9 @@ def _packed(
 
 def layout_table(sets: dict[str, list[Entry]], repeats: int, missed: list[str]) -> Table:
     """Milliseconds for one large pack of every set that fills one."""
-    table = Table(
-        *("set", "share", "tokens", "sequences", "segments", "forest ms", "layout ms", "block lists ms"),
-        title=f"one pack of {LAYOUT_TOKENS:,} tokens",
+    table = _table(
+        f"one pack of {LAYOUT_TOKENS:,} tokens, milliseconds",
+        *("share", "tokens", "sequences", "segments", "forest", "layout", "lists"),
     )
     for name, groups in sets.items():
         for share in ("prompt", "tree"):

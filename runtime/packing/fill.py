@@ -29,7 +29,7 @@ _GRAINS = 128  # shared tokens are compared in this many steps of a budget: a fe
 _CLOSING = 3.5  # choose the last groups by fit alone once this many of average size would fill the pack
 _WORTH = 1 / 32  # split a group where more than this share of a pack would stay empty
 _CANDIDATES = 24  # groups looked at when one is to be split
-_FEW_ITEMS, _MOST_TRIES, _FULL = 384, 16, 0.97  # tries with few items, until all packs are full
+_FEW_ITEMS, _MOST_TRIES, _FULL = 384, 32, 0.97  # tries with few items, until all packs are full
 
 
 @dataclass
@@ -59,11 +59,13 @@ def fill_packs(
     Returns:
         The packs, and the items that still wait.
     """
-    best = _fill(items, share, max_tokens, split, keep, rng)
+    pool = make_pool(items, share)
+    best = _fill(pool, max_tokens, split, keep, rng)
     for _ in range(1, 1 if rng is None else min(_MOST_TRIES, _FEW_ITEMS // len(items))):
         if _is_good(best[0], max_tokens):
             break
-        other = _fill(items, share, max_tokens, split, keep, rng)
+        pool.reset()
+        other = _fill(pool, max_tokens, split, keep, rng)
         best = min(best, other, key=lambda result: _slots_per_token(result[0], max_tokens))
     return best
 
@@ -77,13 +79,13 @@ def pack_of(items: Sequence[Item], share: str) -> Pack:
 
 
 def _fill(
-    items: Sequence[Item], share: str, max_tokens: int, split: bool, keep: float, rng: np.random.Generator | None
+    pool: Pool, max_tokens: int, split: bool, keep: float, rng: np.random.Generator | None
 ) -> tuple[list[Pack], list[Item]]:
-    filler = _Filler(make_pool(items, share), max_tokens, split, rng)
+    filler = _Filler(pool, max_tokens, split, rng)
     packs, stop = [], keep * filler.tokens_waiting()
     while filler.tokens_waiting() > stop:
         packs.append(filler.fill())
-    return packs, [item.part(left) for item, left in zip(items, filler.pool.left, strict=True) if left]
+    return packs, [item.part(left) for item, left in zip(pool.items, pool.left, strict=True) if left]
 
 
 def _is_good(packs: Sequence[Pack], max_tokens: int) -> bool:
@@ -129,8 +131,11 @@ class _Filler:
             if len(beyond):
                 return self._best_part(beyond[:1], space, least_gain=-space)
         fits = np.flatnonzero(pool.waiting & (pool.needs <= space))
+        needed = int(pool.needs[fits].sum())
+        if len(fits) and needed <= space:
+            return int(fits[0]), None  # all of them go in, in whatever order
         best = pool.sharing_most(fits, max(1, self.max_tokens // _GRAINS)) if len(fits) else fits
-        if len(fits) and (not pack.items or space * len(fits) > _CLOSING * int(pool.needs[fits].sum())):
+        if len(fits) and (not pack.items or space * len(fits) > _CLOSING * needed):
             return int(best[np.argmax(pool.sizes[best] * self.scale[best])]), None
         n, filled, alone = _best_fit(pool.needs[best], space) if len(best) else (-1, 0, True)
         if self.split and alone and space - filled > self.max_tokens * _WORTH:

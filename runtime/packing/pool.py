@@ -101,10 +101,17 @@ class Pool(abc.ABC):
     sizes: Ids
     needs: Ids
 
+    left: list[Sequence[int]]
+    waiting: NDArray[np.bool_]
+
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = items
-        self.left: list[Sequence[int]] = [range(item.record.num_sequences) for item in items]
-        self.waiting = np.ones(len(items), dtype=bool)
+        self.reset()
+
+    def reset(self) -> None:
+        """All sequences wait, and no pack is open."""
+        self.left = [range(item.record.num_sequences) for item in self.items]
+        self.waiting = np.ones(len(self.items), dtype=bool)
 
     @abc.abstractmethod
     def open(self) -> None:

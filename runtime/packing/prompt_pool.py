@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .pool import Item, Part, Pool, Work, subsets, triangle
+from .pool import Part, Pool, Work, subsets, triangle
 
 __all__ = ["PromptPool"]
 
@@ -14,9 +14,10 @@ __all__ = ["PromptPool"]
 class PromptPool(Pool):
     """Every group's prompt is stored once, and nothing else is shared."""
 
-    def __init__(self, items: Sequence[Item]) -> None:
-        super().__init__(items)
-        self.sizes = np.fromiter((item.record.num_tokens for item in items), np.int64, len(items))
+    def reset(self) -> None:
+        """All sequences wait, and no pack is open."""
+        super().reset()
+        self.sizes = np.fromiter((item.record.num_tokens for item in self.items), np.int64, len(self.items))
         self.needs = self.sizes
 
     def open(self) -> None:

@@ -32,7 +32,6 @@ class TreePool(Pool):
     """
 
     def __init__(self, items: Sequence[Item]) -> None:
-        super().__init__(items)
         rows = sort_sequences(*flat_sequences(item.record for item in items))
         counts = np.fromiter((item.record.num_sequences for item in items), np.int64, len(items))
         edges = np.concatenate([[0], np.cumsum(counts)])
@@ -48,13 +47,19 @@ class TreePool(Pool):
         self._base = int(self._shared[1:].min()) if len(rank) > 1 else 0
         self._families = [*np.flatnonzero(self._shared <= self._base).tolist(), len(rank)]
         self._position = by_item - np.repeat(self._starts, counts)
-        self._here = np.ones(len(rank), dtype=bool)  # sequences that wait
-        # What each sequence shares with the one before it that waits in its own item; 0 for the first.
-        self._within = rows.shared[self._rank]
-        self._within[self._starts] = 0
+        # What each sequence shares with the one before it in its own item; 0 for the first.
+        self._within_whole = rows.shared[self._rank]
+        self._within_whole[self._starts] = 0
         apart = np.flatnonzero(np.diff(self._rank, prepend=0) != 1)  # sequences of others stand between
         for s in np.setdiff1d(apart, self._starts).tolist():
-            self._within[s] = self._shared[self._rank[s - 1] + 1 : self._rank[s] + 1].min()
+            self._within_whole[s] = self._shared[self._rank[s - 1] + 1 : self._rank[s] + 1].min()
+        super().__init__(items)
+
+    def reset(self) -> None:
+        """All sequences wait, and no pack is open."""
+        super().reset()
+        self._here = np.ones(len(self._rank), dtype=bool)  # sequences that wait
+        self._within = self._within_whole.copy()  # of those that wait only
         self._known = np.zeros_like(self._lengths)  # what each sequence shares with the open pack
         self.sizes = self._added_by_item()
         self.open()
@@ -77,11 +82,11 @@ class TreePool(Pool):
     def _waiting(self, item: int) -> Ids:
         """Where an item's sequences that wait stand in the arrays."""
         start, stop = self._edges[item], self._edges[item + 1]
-        return np.flatnonzero(self._here[start:stop]) + start
+        return np.arange(start, stop)[self._here[start:stop]]
 
     def _move(self, item: int, positions: Sequence[int]) -> Work:
         here = self._waiting(item)
-        if len(positions) == len(here):
+        if len(positions) == len(here):  # all that waits
             overlap = np.maximum(self._known[here], self._within[here])
         else:
             here = here[np.isin(self._position[here], positions)]
