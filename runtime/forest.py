@@ -155,7 +155,7 @@ def _expand(runs: list[tuple[Ids, Ids, Ids]], starts: Ids, lengths: Ids) -> Ids:
     sequence, begin, slot = (np.concatenate(column) for column in zip(*runs, strict=True))
     # Where each run begins in the output. Runs come leaves first; one sort puts those of a sequence in their order.
     offset = (np.cumsum(lengths - starts) - lengths + starts)[sequence] + begin - starts[sequence]
-    order = np.argsort(offset)
+    order = np.argsort(offset, kind="stable")  # a merge sort: offsets rise within each step of the climb
     total = int((lengths - starts).sum())
     size = np.diff(offset[order], append=total)
     return np.repeat(slot[order] - offset[order], size) + np.arange(total)

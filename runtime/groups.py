@@ -13,6 +13,7 @@ a list or tuple of rollouts                         rollouts that belong togethe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,12 +102,12 @@ class Record:
         """Responses, or rollouts."""
         return len(self.responses)
 
-    @property
+    @functools.cached_property
     def num_tokens(self) -> int:
         """Tokens with the prompt counted once."""
         return len(self.prompt) + sum(map(len, self.responses))
 
-    @property
+    @functools.cached_property
     def unpacked_tokens(self) -> int:
         """Tokens of all sequences, each with its own prompt."""
         return self.num_tokens + len(self.prompt) * (len(self.responses) - 1)
