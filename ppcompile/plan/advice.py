@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 from ppcompile.plan.budgets import oversize_policy
 from ppcompile.plan.cost import HEADROOM
-from ppcompile.plan.study import USUAL_BUDGET, Study
+from ppcompile.plan.study import CLOSE, ENOUGH_PACKS, USUAL_BUDGET, Study
 
 __all__ = ["advice", "snippet"]
 
 LITTLE = 1.1  # a reduction below this is not worth much
-FEW_PACKS = 16  # an epoch of fewer packs makes few steps
+MUCH = 0.05  # what larger packs must gain to be worth a word
 SHORT = 48  # tokens of a median response below which attention kernels gain less than its pairs say
 
 
@@ -49,7 +49,7 @@ def _sharing(study: Study) -> Iterator[str]:
             f'share="tree" would gain little here (at most {whole:.2f}x, if the whole set were one pack); '
             'share="prompt" plans faster.'
         )
-    median = next(d.median for d in study.distributions if d.title.startswith("response ("))
+    median = next(d.median for d in study.distributions if d.title == "response")
     if median < SHORT:
         yield (
             f"Responses are short (median {median:,.0f} tokens): attention over such short segments gains less than "
@@ -79,6 +79,13 @@ def _memory(study: Study) -> Iterator[str]:
         )
     else:
         yield f"{room} hold packs of up to {study.fits:,} tokens."
+        most = max(entry.reduction for entry in study.budgets)
+        larger = next(entry for entry in study.budgets if entry.reduction >= (1 - CLOSE) * most)
+        if larger.reduction > (1 + MUCH) * chosen.reduction:
+            yield (
+                f"Packs of {larger.max_tokens:,} tokens would reach {larger.reduction:.2f}x, in {larger.steps:,} packs "
+                "an epoch. Try: --max-tokens, if so few steps are enough."
+            )
         if study.fits < min(USUAL_BUDGET, study.sharing.prompt_once) and machine.checkpoint is None:
             yield "Packs are small for a GPU. Try: --checkpoint layer, which trades a forward for memory."
     if 0 < study.fits < chosen.largest:
@@ -93,7 +100,7 @@ def _memory(study: Study) -> Iterator[str]:
 
 def _records(study: Study) -> Iterator[str]:
     reading, chosen = study.reading, study.chosen
-    if chosen.steps < FEW_PACKS:
+    if chosen.steps < ENOUGH_PACKS:
         yield (
             f"An epoch is only {chosen.steps} packs, of about {study.sample_count / chosen.steps:,.0f} records. Try: "
             "--max-tokens, if you want more steps."
@@ -103,9 +110,11 @@ def _records(study: Study) -> Iterator[str]:
     if reading.undecided and reading.pairs:
         yield f"{reading.undecided:,} records in which no response is preferred were left out."
     elif reading.undecided:
+        unscored = any(sample.scores is None and sample.pairs is None for sample in reading.samples)
+        listed = "--unscored best-first, if responses are listed so, or " if unscored else ""
         yield (
             f"{reading.undecided:,} records prefer no response and are measured all the same; a loss over pairs leaves "
-            "them out. Try: --unscored best-first, if responses are listed so, or --pairs."
+            f"them out. Try: {listed}--pairs."
         )
 
 

@@ -57,7 +57,7 @@ def plots(study: Study) -> Iterator[Plot]:
         yield Plot("Cost of an epoch and memory of a step", "by layout; predicted", _costs(study))
         yield Plot("Packs by budget", "tokens saved and packs of an epoch; measured", _budgets(study))
         yield Plot("Padding of the usual layout", "by batch size; measured", _padding(study))
-        yield Plot("Lengths", "distributions over the data set; measured", _lengths(study))
+        yield Plot("Lengths", "tokens of the parts of a record; measured", _lengths(study))
         yield Plot("Shared beginnings", "distributions over records; measured", _shares(study))
 
 
@@ -202,8 +202,8 @@ def _row(count: int, height: float, columns: int | None = None, sharey: bool = F
 
 
 def _short(value: float, place: int | None = None) -> str:
-    """``1.5M``, ``4k``; of powers of two ``4k`` for 4096."""
+    """``1.5M``, ``20k``, ``1,431``; with the place on an axis that matplotlib gives, which does not matter."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
+        if value >= size and value >= 1e4:
             return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
+    return f"{value:,.0f}"

@@ -81,7 +81,7 @@ class Distribution:
     """A few numbers and a histogram of many.
 
     Attributes:
-        title: what is counted.
+        title: what is measured, in tokens unless it says otherwise.
         least, median, mean, p95, most: of the values; ``p95`` is above 95% of them.
         edges: ascending, of the bins; value ``v`` is in bin ``n`` if ``edges[n] <= v < edges[n + 1]`` (the last bin
             holds its upper edge too).
@@ -114,17 +114,17 @@ def distributions(lengths: Lengths, between_records: Ids) -> list[Distribution]:
         between_records: from :func:`sharing`.
     """
     repeated = lengths.prompts * (lengths.counts - 1) / lengths.unpacked
-    of_tokens = [
+    counted = [
         ("prompt", lengths.prompts),
         ("response", lengths.responses),
         ("sequence", lengths.sequences),
         ("record, prompt once", lengths.packed),
         ("shared with another record", between_records),
+        ("responses of a record (number)", lengths.counts),
     ]
     return [
-        *(Distribution.of(f"{title} (tokens)", values, _bins(values)) for title, values in of_tokens),
-        Distribution.of("responses of a record", lengths.counts, _bins(lengths.counts)),
-        Distribution.of("repeated prompt (share of a record)", repeated, np.linspace(0, 1, 21)),
+        *(Distribution.of(title, values, _bins(values)) for title, values in counted),
+        Distribution.of("repeated prompt (share)", repeated, np.linspace(0, 1, 21)),
     ]
 
 

@@ -13,6 +13,8 @@ from ppcompile.plan import study as choice
 from ppcompile.plan.figures import Plot, as_svg, plots
 from ppcompile.plan.study import Study
 from ppcompile.plan.wording import (
+    BUDGET_NOTE,
+    LAYOUT_NOTE,
     budget_rows,
     gigabytes,
     layout_rows,
@@ -67,8 +69,9 @@ def _body(study: Study, words: Sequence[str], code: str, source: str) -> Iterato
     drawn = {plot.title: plot for plot in plots(study)}
     yield from _section(drawn, "Tokens computed in an epoch")
     yield from _section(drawn, "Cost of an epoch and memory of a step", layout_rows(study))
-    yield '<p class="note">* recommended &nbsp; ! more than the memory of a device</p>'
+    yield f'<p class="note">{escape(LAYOUT_NOTE)}</p>'
     yield from _section(drawn, "Packs by budget", budget_rows(study))
+    yield f'<p class="note">{escape(BUDGET_NOTE)}</p>'
     yield from _section(drawn, "Padding of the usual layout", padding_rows(study))
     yield from _section(drawn, "Lengths", length_rows(study.distributions))
     yield from _section(drawn, "Shared beginnings", sharing_rows(study))
@@ -79,7 +82,8 @@ def _body(study: Study, words: Sequence[str], code: str, source: str) -> Iterato
         "predicted: no step was run.</p>"
     )
     for module in (size, cost, choice):
-        yield f"<pre>{escape(inspect.cleandoc(module.__doc__ or '') + _constants(module))}</pre>"
+        text = inspect.cleandoc(module.__doc__ or "").replace("``", "").replace("::\n", ":\n")
+        yield f"<pre>{escape(text + _constants(module))}</pre>"
 
 
 def _constants(module: ModuleType) -> str:

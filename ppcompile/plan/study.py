@@ -1,10 +1,11 @@
 """All that is measured and predicted for one data set, and the settings that follow.
 
 The budget: candidates are the powers of two from ``LEAST_BUDGET`` on that hold the largest record and that memory
-holds, up to the first that holds the whole set, and the largest that memory holds. A larger budget shares more (with
+holds, up to the first that holds the whole set, and the largest that memory holds. Those that make fewer than
+``ENOUGH_PACKS`` of an epoch are left aside, unless all do: training needs steps. A larger budget shares more (with
 ``share="tree"``) and fills better, until it does not: the smallest candidate is taken whose reduction of tokens is
-within ``CLOSE`` of the best one, but none below ``USUAL_BUDGET`` where memory allows that, because smaller packs leave
-a GPU short of work. Where memory does not hold the largest record, the budget is what memory holds, and records beyond
+within ``CLOSE`` of the best one, but none below ``USUAL_BUDGET`` if there are larger ones, because small packs leave a
+GPU short of work. Where memory does not hold the largest record, the budget is what memory holds, and records beyond
 it are cut or split.
 
 The sharing: ``"tree"`` where it stores at least ``WORTH`` fewer tokens than ``"prompt"`` at that budget.
@@ -23,10 +24,11 @@ from ppcompile.plan.lengths import Distribution, Lengths, Padded, Sharing, distr
 from ppcompile.plan.reading import Reading
 from ppcompile.plan.size import ModelSize
 
-__all__ = ["Predicted", "Study", "study"]
+__all__ = ["Predicted", "Study", "best", "study"]
 
 LEAST_BUDGET, USUAL_BUDGET = 1024, 16384
 CLOSE, WORTH = 0.01, 0.02
+ENOUGH_PACKS = 16
 
 
 @dataclass(frozen=True)
@@ -170,12 +172,12 @@ def study(
     for budget in _candidates(int(lengths.packed.max()), unique.prompt_once, fits, max_tokens):
         advance(f"packing at {budget:,} tokens")
         budgets += [packed(samples, budget, share, pairs=reading.pairs) for share in ("prompt", "tree")]
-    best = _best(budgets, max_tokens)
+    taken = best(budgets, max_tokens)
     advance("predicting costs")
-    shares = [share for share in ("none", "prompt", "tree") if share != best.share]
+    shares = [share for share in ("none", "prompt", "tree") if share != taken.share]
     at_best = [
-        packed(samples, best.max_tokens, share, pairs=reading.pairs, count_scored=True)
-        for share in (*shares, best.share)
+        packed(samples, taken.max_tokens, share, pairs=reading.pairs, count_scored=True)
+        for share in (*shares, taken.share)
     ]
     layouts: list[Padded | Packed] = [*usual, *at_best]
     return Study(
@@ -210,15 +212,20 @@ def _candidates(largest: int, stored: int, fits: int, wanted: int | None) -> lis
             budgets.append(budget)
         budget *= 2
     most = fits // LEAST_BUDGET * LEAST_BUDGET
-    if most and (not budgets or budgets[-1] < stored):
+    if most and (not budgets or (budgets[-1] < stored and most > 1.25 * budgets[-1])):
         budgets.append(most)
     if not budgets and wanted is None:  # memory does not even hold the model; what packs would be like all the same
         budgets.append(max(USUAL_BUDGET, largest))
     return sorted({*budgets, *([wanted] if wanted is not None else [])})
 
 
-def _best(budgets: Sequence[Packed], wanted: int | None) -> Packed:
-    """See the rules at the top; ``budgets`` holds both shares of each budget."""
+def best(budgets: Sequence[Packed], wanted: int | None) -> Packed:
+    """The packs to recommend, by the rules at the top.
+
+    Args:
+        budgets: of each budget both ways to share.
+        wanted: a budget that was asked for.
+    """
     by_budget = {(entry.max_tokens, entry.share): entry for entry in budgets}
     candidates = sorted({entry.max_tokens for entry in budgets})
 
@@ -229,10 +236,10 @@ def _best(budgets: Sequence[Packed], wanted: int | None) -> Packed:
 
     if wanted is not None:
         return better(wanted)
-    most = max(better(budget).reduction for budget in candidates)
-    least = min(USUAL_BUDGET, candidates[-1])
-    close = [b for b in candidates if b >= least and better(b).reduction >= (1 - CLOSE) * most]
-    return better(close[0] if close else candidates[-1])
+    enough = [better(b) for b in candidates if better(b).steps >= ENOUGH_PACKS] or [better(candidates[0])]
+    usual = [entry for entry in enough if entry.max_tokens >= USUAL_BUDGET] or enough[-1:]
+    most = max(entry.reduction for entry in usual)
+    return next(entry for entry in usual if entry.reduction >= (1 - CLOSE) * most)
 
 
 def _predicted(layout: Padded | Packed, size: ModelSize, machine: Machine) -> Predicted:
@@ -248,5 +255,5 @@ def _predicted(layout: Padded | Packed, size: ModelSize, machine: Machine) -> Pr
 
 def _name(layout: Padded | Packed) -> str:
     if isinstance(layout, Padded):
-        return f"padded, batch {layout.batch_size}" + ", sorted" * layout.by_length
+        return f"padded {layout.batch_size}" + ", sorted" * layout.by_length
     return "packed, " + ("unshared" if layout.share == "none" else layout.share)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ppcompile.plan.lengths import Distribution
 from ppcompile.plan.study import Study
 
 __all__ = [
+    "BUDGET_NOTE",
+    "LAYOUT_NOTE",
     "budget_rows",
     "gigabytes",
     "layout_rows",
@@ -21,15 +24,28 @@ __all__ = [
 
 Rows = list[list[str]]
 
+BUDGET_NOTE = (
+    "prompt, tree: packs of an epoch; fewer: times fewer tokens than unpacked; GB: predicted memory of a step; "
+    "* recommended"
+)
+LAYOUT_NOTE = (
+    "tokens: computed in an epoch, padding included; packs: times fewer operations in the recommended packs; "
+    "GB: memory of the largest step; * recommended; ! more than the memory of a device"
+)
+
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 
 
 def operations(count: float) -> str:
     """``8.25 Pflop``."""
-    power = 0
-    while count >= 1000 and power + 1 < len(_PREFIXES):
-        count, power = count / 1000, power + 1
-    return f"{count:.3g} {_PREFIXES[power]}flop"
+    prefix, size = _prefix(count)
+    return f"{count / size:.3g} {prefix}flop"
+
+
+def _prefix(count: float) -> tuple[str, float]:
+    """The prefix of a unit that makes a count readable, and what it stands for."""
+    power = min(len(_PREFIXES) - 1, int(math.log10(count)) // 3) if count >= 1 else 0
+    return _PREFIXES[power], 1000.0**power
 
 
 def gigabytes(count: float) -> str:
@@ -65,7 +81,7 @@ def record_rows(study: Study) -> Rows:
 
 def length_rows(distributions: Sequence[Distribution]) -> Rows:
     """One row a distribution."""
-    rows = [["", "least", "median", "mean", "p95", "most"]]
+    rows = [["tokens of", "least", "median", "mean", "p95", "most"]]
     for d in distributions:
         form = ",.0f" if d.edges[-1] > 1 else ".0%"
         rows.append([d.title, *(format(value, form) for value in (d.least, d.median, d.mean, d.p95, d.most))])
@@ -87,7 +103,7 @@ def sharing_rows(study: Study) -> Rows:
 
 def padding_rows(study: Study) -> Rows:
     """Waste at each batch size."""
-    rows = [["records a batch", "batches", "padding, as it comes", "padding, sorted by length"]]
+    rows = [["records a batch", "batches", "padding as it comes", "sorted by length"]]
     for plain, by_length in zip(study.usual[::2], study.usual[1::2], strict=True):
         rows.append([f"{plain.batch_size}", f"{plain.steps:,}", f"{plain.waste:.1%}", f"{by_length.waste:.1%}"])
     return rows
@@ -95,29 +111,30 @@ def padding_rows(study: Study) -> Rows:
 
 def budget_rows(study: Study) -> Rows:
     """Packs at each budget, both ways of sharing."""
-    rows = [["max_tokens", "prompt: packs", "fewer", "filled", "tree: packs", "fewer", "filled", "memory"]]
+    rows = [["max_tokens", "prompt", "fewer", "filled", "tree", "fewer", "filled", "GB"]]
     for prompt, tree in zip(study.budgets[::2], study.budgets[1::2], strict=True):
         mark = " *" if prompt.max_tokens == study.chosen.max_tokens else ""
         cells = [text for e in (prompt, tree) for text in (f"{e.steps:,}", f"{e.reduction:.2f}x", f"{e.fill:.1%}")]
-        rows.append([f"{prompt.max_tokens:,}{mark}", *cells, gigabytes(study.bytes_of(prompt))])
+        rows.append([f"{prompt.max_tokens:,}{mark}", *cells, f"{study.bytes_of(prompt) / 1e9:,.1f}"])
     return rows
 
 
 def layout_rows(study: Study) -> Rows:
     """An epoch of each layout."""
-    rows = [["layout", "steps", "tokens", "padding", "an epoch", "a step", "packs take", "memory"]]
+    epoch, epoch_size = _prefix(max(layout.flops for layout in study.layouts))
+    step, step_size = _prefix(max(layout.flops / layout.steps for layout in study.layouts))
+    rows = [["layout", "steps", "tokens", "padding", f"{epoch}flop", f"{step}flop a step", "packs", "GB"]]
     for layout in study.layouts:
-        best = layout is study.recommended
         rows.append(
             [
-                layout.name + " *" * best,
+                layout.name + " *" * (layout is study.recommended),
                 f"{layout.steps:,}",
                 f"{layout.slots:,}",
                 f"{layout.padding / layout.slots:.0%}",
-                operations(layout.flops),
-                operations(layout.flops / layout.steps),
-                f"{study.cheaper(layout):.2f}x less",
-                gigabytes(layout.bytes) + " !" * (layout.bytes > study.machine.memory),
+                f"{layout.flops / epoch_size:.1f}",
+                f"{layout.flops / layout.steps / step_size:.1f}",
+                f"{study.cheaper(layout):.2f}x",
+                f"{layout.bytes / 1e9:,.1f}" + " !" * (layout.bytes > study.machine.memory),
             ]
         )
     return rows
