@@ -18,7 +18,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import ppcompile
-from ppcompile import layers
 from ppcompile.verification import unpacked_logps
 
 
@@ -132,25 +131,19 @@ def gathers_one_layer_at_a_time() -> None:
     model = MODELS["llama"]()
     packed = ppcompile.wrap(model, checkpoint="layer")
     shard(packed)
-    seen: list[tuple[str, ...]] = []
-    run = layers.PackedLayer._run
+    seen: list[set[str]] = []
 
-    def watched(layer: Any, *inputs: Any) -> Any:
-        seen.append(tuple(p for p, m in model.named_modules() if any(not sharded(q) for q in m.parameters(False))))
-        return run(layer, *inputs)
+    def note(*_: Any) -> None:
+        whole_ones = (path for path, p in model.named_parameters() if not sharded(p))
+        seen.append({path[: len("model.layers.0")] for path in whole_ones if path.startswith("model.layers.")})
 
-    layers.PackedLayer._run = watched
-    try:
-        out = packed(pack_of(dist.get_rank()))
-    finally:
-        layers.PackedLayer._run = run
-    of_layers = [[path for path in gathered if path.startswith("model.layers")] for gathered in seen]
-    assert [{path[: len("model.layers.0")] for path in paths} for paths in of_layers] == [
-        {"model.layers.0"},
-        {"model.layers.1"},
-    ]
+    for layer in packed.compiled().graph.layers.values():
+        layer.body.register_forward_pre_hook(note)
+    logps = packed(pack_of(dist.get_rank())).logps
+    assert seen == [{"model.layers.0"}, {"model.layers.1"}]
     assert all(sharded(p) for p in model.model.layers.parameters())
-    out.logps.sum().backward()
+    logps.sum().backward()  # computes both layers again, each when its turn has come
+    assert seen[2:] == [{"model.layers.1"}, {"model.layers.0"}]
     assert all(sharded(p) and sharded(p.grad) for p in model.parameters())
 
 
@@ -231,6 +224,55 @@ def inputs(layer: Any) -> list[Any]:
 @pytest.mark.parametrize("order", ORDERS[:2])
 def test_mixed_precision_is_the_models_own(ranks: Ranks, order: str) -> None:
     ranks.run(mixed_precision, order)
+
+
+class BorrowingBlock(zoo.Block):
+    """Scales by a parameter of the model around it, which is none of the arguments that are cast for a block."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__(zoo.FusedAttention(32, 4), 32)
+        self.__dict__["owner"] = owner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.__dict__["owner"].scale
+
+
+class Lending(zoo.PlainGPT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(1 + 1e-4 * torch.arange(32.0))
+        self.blocks = nn.ModuleList(BorrowingBlock(self) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x.float()))
+
+
+def casts_where_the_model_does(policy: MixedPrecisionPolicy, leaves: torch.dtype) -> None:
+    model = zoo.sharpen(Lending()).eval()
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model)
+    seen: list[torch.dtype] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _module, _args, output: seen.append(output.dtype))
+    model(torch.tensor([[5, 9, 3]]))
+    assert seen == [leaves] * 2
+    packed = ppcompile.wrap(model)
+    seen.clear()
+    for layer in packed.compiled().graph.layers.values():
+        layer.body.register_forward_hook(lambda _module, _args, outputs: seen.extend(o.dtype for o in outputs))
+    packed(pack_of(dist.get_rank()))
+    assert seen == [leaves] * 2
+
+
+@pytest.mark.parametrize("output_dtype", [None, torch.bfloat16])
+def test_casts_are_made_where_the_model_makes_them(ranks: Ranks, output_dtype: torch.dtype | None) -> None:
+    """A block of bfloat16 times a scale of float32 is of float32, unless it is cast back."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=output_dtype)
+    ranks.run(casts_where_the_model_does, policy, output_dtype or torch.float32)
 
 
 # --------------------------------------------------------------------------- refused, by name
