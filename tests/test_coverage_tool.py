@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # benchmarks is not installed
 
 from benchmarks.coverage import check as checking
 from benchmarks.coverage.check import Result, check, example_groups
-from benchmarks.coverage.configs import APART, OPTIONS, POST_NORM, VOCABULARY, configuration, registered_types
+from benchmarks.coverage.configs import APART, GENTLE, OPTIONS, VOCABULARY, configuration, registered_types
 from benchmarks.coverage.models import build, lonely_kinds
 from benchmarks.coverage.sweep import sweep
 from benchmarks.coverage.table import headline, markdown
@@ -139,7 +139,7 @@ def test_each_type_has_a_process_of_its_own() -> None:
 def test_every_registered_type_has_a_configuration_or_is_listed_apart() -> None:
     registered = set(registered_types())
     assert APART.keys() <= registered
-    assert registered >= POST_NORM
+    assert registered >= GENTLE
     for kind in sorted(registered - APART.keys()):
         configuration(kind)
 

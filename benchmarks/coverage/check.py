@@ -129,10 +129,10 @@ def check(kind: str, build: Callable[[], nn.Module], vocabulary: int) -> Result:
         return _failed(replace(result, outcome="crash"), error)
 
 
-def _failed(result: Result, error: Exception) -> Result:
+def _failed(result: Result, error: Exception, before: str = "") -> Result:
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages/torch" not in frame.filename]
     trace = "\n".join(f"{Path(f.filename).name}:{f.lineno} {f.name}: {f.line}" for f in own[-6:])
-    return replace(result, reason=f"{type(error).__name__}: {error}", trace=trace)
+    return replace(result, reason=f"{before}{type(error).__name__}: {error}", trace=trace)
 
 
 def _checked(
@@ -159,9 +159,13 @@ def _checked(
     )
     if single.within(FORWARD, GRADIENT):
         return result
-    wide = build().double()
-    with widened():
-        double = _differences(wide, ppcompile.wrap(wide), groups, floor=ZERO)
+    found = f"float32: {single.forward:.1e} nats, gradient of {single.worst} {single.gradient:.1e}"
+    try:
+        wide = build().double()
+        with widened():
+            double = _differences(wide, ppcompile.wrap(wide), groups, floor=ZERO)
+    except Exception as error:  # noqa: BLE001 - not known to be exact, whatever the reason
+        return _failed(replace(result, outcome="wrong"), error, f"{found}, and float64 cannot decide: ")
     return replace(
         result,
         outcome="exact" if double.within(DOUBLE, DOUBLE) else "wrong",
@@ -169,7 +173,7 @@ def _checked(
         gradient=double.gradient,
         worst=double.worst,
         double=True,
-        reason=f"float32: {single.forward:.1e} nats, gradient of {single.worst} {single.gradient:.1e}",
+        reason=found,
     )
 
 

@@ -18,10 +18,10 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-__all__ = ["APART", "EXPERTS", "POSITIONS", "POST_NORM", "VOCABULARY", "configuration", "registered_types"]
+__all__ = ["APART", "EXPERTS", "GENTLE", "POSITIONS", "VOCABULARY", "configuration", "registered_types"]
 
 VOCABULARY = 97  # prime: no other size of a model equals it by chance
-POSITIONS = 257
+POSITIONS = 521
 WINDOW = 9
 CHUNK = 10
 LAYERS = 4
@@ -119,6 +119,8 @@ _DECODER = {
     "decoder_ffn_dim": 56,
     "decoder_start_token_id": 1,
 }
+# A bias of keys without positions has no gradient, and experts have no float64 to tell that from a wrong one.
+_UNBIASED = {"attention_bias": False}
 _MAMBA_2 = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 10, "mamba_chunk_size": 8}
 
 
@@ -153,7 +155,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cohere2": _SLIDING_AND_FULL,
     "cohere2_moe": {
         **_SLIDING_AND_FULL,
-        "attention_bias": False,
+        **_UNBIASED,
         "num_shared_experts": 1,
         "prefix_dense_intermediate_size": 44,
     },
@@ -297,7 +299,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gptj": {**_GPT, "rotary_dim": 8},
     "granite_swa": _SLIDING_AND_FULL,
     "granitemoe_swa": {**_SLIDING_AND_FULL, "shared_intermediate_size": 28},
-    "granitemoehybrid": {**_MAMBA_2, **_LINEAR_AND_FULL, "shared_intermediate_size": 28},
+    "granitemoehybrid": {**_MAMBA_2, **_UNBIASED, **_LINEAR_AND_FULL, "shared_intermediate_size": 28},
     "granitemoeshared": {"shared_intermediate_size": 28},
     "helium": {"head_dim": 12},
     "hunyuan_v1_moe": {"moe_topk": 2},
@@ -440,7 +442,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reformer": {
         "attn_layers": ["local", "lsh", "local", "lsh"],
         "attention_head_size": 12,
-        "axial_pos_shape": [16, 17],
+        "axial_pos_shape": [16, 33],
         "axial_pos_embds_dim": [20, 28],
         "feed_forward_size": 56,
         "local_attn_chunk_length": CHUNK,
@@ -494,14 +496,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "zaya": {"layer_types": ["hybrid", "hybrid_sliding"] * 2, "num_experts_per_tok": 1, "router_hidden_size": 26},
 }
 
-POST_NORM = frozenset(
+GENTLE = frozenset(
     (
+        # These normalize after the residual sum: large weights make all their tokens alike, and nothing would show.
         *("bart", "bert", "bert-generation", "big_bird", "blenderbot-small", "camembert", "data2vec-text", "electra"),
         *("ernie", "git", "marian", "mvp", "openai-gpt", "plbart", "rembert", "roberta", "roc_bert", "roformer"),
         *("trocr", "xlm", "xlm-roberta", "xlnet", "xmod"),
+        # These amplify float32 rounding beyond the limits, and grouped products of experts have no float64 to decide.
+        *("granitemoe_swa", "minimax"),
     )
 )
-"""Types that normalize after the residual sum: large weights make all their tokens alike, and nothing would show."""
+"""Types that get smaller weights than the others."""
 
 APART: dict[str, str] = {
     "gemma3n": "its vision tower needs the package timm; the text model is gemma3n_text",

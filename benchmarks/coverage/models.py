@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from .configs import EXPERTS, POST_NORM, configuration
+from .configs import EXPERTS, GENTLE, configuration
 
 __all__ = ["LARGEST", "build", "lonely_kinds", "other_modality", "sharpen"]
 
@@ -30,7 +30,7 @@ def build(kind: str, seed: int = 0) -> nn.Module:
         raise ValueError(f"{kind} has {size:,} parameters, more than {LARGEST:,}: a size was left at its default")
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
-    return sharpen(model, spread=0.15 if kind in POST_NORM else 0.3, seed=seed).eval()
+    return sharpen(model, spread=0.15 if kind in GENTLE else 0.3, seed=seed).eval()
 
 
 def sharpen(model: nn.Module, spread: float, seed: int = 0) -> nn.Module:
