@@ -86,19 +86,23 @@ def _prove(
     for seed, weights in enumerate((_own, _random)):
         module = weights(_copy(call.module.wrapped, dtype))
         run = _Run(call, call.module.bound_to(module), positional, dtype)
-        before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        before = {name: state.detach().clone() for name, state in _state(module)}
         for scale in effort.scales:
             finding = _compare(run, effort, scale, seed)
             if finding is None and not brief and scale == effort.scales[0]:
                 finding = _compare_long(run, effort.length, min(_LONG, longest))
             if finding is not None:
                 return finding
-        if any(not torch.equal(buffer, before[name]) for name, buffer in module.named_buffers()):
-            return "it changes its buffers as it runs"
+        if any(not torch.equal(state, before[name]) for name, state in _state(module)):
+            return "it changes its weights or buffers as it runs"
     return None
 
 
 # --------------------------------------------------------------------------- the module, copied
+
+
+def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def _copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
