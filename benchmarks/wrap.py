@@ -1,6 +1,6 @@
 """Time and memory of wrapping a model without weights: where the seconds go, pass by pass.
 
-The default is an 8B Llama of 32 layers on the meta device. Process CPU time, and the peak of the process's resident memory.
+The default is an 8B Llama of 32 layers on the meta device. CPU time, and the peak of the process's resident memory.
 """
 
 from __future__ import annotations

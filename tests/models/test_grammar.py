@@ -1,6 +1,6 @@
 """Models that no test was written against: drawn at random from a grammar of blocks, right ones and wrong ones.
 
-A right model must be exact in value and gradient wherever it is accepted, and nearly all are. A wrong one must be refused
+A right model must be exact in value and gradient wherever it is accepted; nearly all are. A wrong one must be refused
 or caught by ``verify``. Right and wrong are not taken on the grammar's word: each model is asked, by cutting
 rows short.
 
