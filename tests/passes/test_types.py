@@ -215,7 +215,7 @@ MIXES: dict[str, Function] = {
     "mask_picks_tokens": lambda x, w: x[x > 0],
     "random": lambda x, w: x * torch.rand_like(x),
     "bernoulli": lambda x, w: torch.bernoulli(x.sigmoid()),
-    "convolution": lambda x, w: F.conv1d(x.transpose(1, 2), w[:, :, None]),
+    "convolution": lambda x, w: torch.ops.aten.conv1d(x.transpose(1, 2), w[:, :, None]),
     "attention": lambda x, w: F.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True),
     "attention_memory_is_tokens": lambda x, w: F.scaled_dot_product_attention(w[None, None], x[None], x[None]),
     "attention_to_masked_memory": lambda x, w: F.scaled_dot_product_attention(
