@@ -6,7 +6,8 @@ before    buffer = empty([1, T, 8])                 after    buffer = empty([1, 
           f(buffer)                                          f(both)
 
 A write through a view is written back into the tensor behind it; who reads that tensor or another view of it
-afterwards reads the new value. Only memory that the model itself has made is followed: what writes into a parameter,
+afterwards reads the new value. What may be a copy (``contiguous``) is taken for one where nobody could tell: where what
+it may be a copy of is not read after the write. Only memory that the model itself has made is followed: what writes into a parameter,
 a buffer or the input, or through an op that may or may not be a view, stays as it is, and the token-mixing check
 refuses it.
 """
@@ -44,12 +45,14 @@ class _Memory:
         value: the node that holds its present value.
         version: how many times it was written to.
         unclear: nodes that may share it, or may be copies of it.
+        copied_from: the memory that this one may be a copy of, or may share.
     """
 
     owner: fx.Node
     value: fx.Node
     version: int = 0
     unclear: list[fx.Node] = field(default_factory=list)
+    copied_from: _Memory | None = None
 
 
 @dataclass
@@ -134,13 +137,15 @@ class _Functionalizer:
             for source in inputs:
                 if source in self.memories:
                     self.memories[source].unclear.append(node)
+            if op_family(node) in _MAYBE_COPIES and first in self.memories:
+                self.memories[node] = _Memory(node, node, copied_from=self.memories[first])
 
     # ------------------------------------------------------------------ writing
 
     def _rewrite(self, node: fx.Node, written: Any) -> bool:
         """Replace ``node``, which writes into ``written``; False if it is not known what else that changes."""
         memory = self.memories.get(written)
-        if memory is None or any(self._is_read_after(shared, node) for shared in memory.unclear):
+        if memory is None or self._shows_elsewhere(memory, node):
             return False
         value = self._functional_value(node, written)
         if value is None:
@@ -155,6 +160,21 @@ class _Functionalizer:
         node.replace_all_uses_with(written)
         self.graph.graph.erase_node(node)
         return True
+
+    def _shows_elsewhere(self, memory: _Memory, write: fx.Node) -> bool:
+        """True if what ``write`` does to ``memory`` could be read from a tensor that may or may not share it."""
+        if any(self._is_read_after(shared, write) for shared in memory.unclear):
+            return True
+        made = memory
+        while (source := made.copied_from) is not None:  # a copy that is the tensor itself would change that tensor
+            views = [node for node, owned in self.memories.items() if owned is source]
+            others = [node for node in source.unclear if node is not made.owner]
+            if any(self.order.get(user, -1) > self.order[write] for node in views for user in node.users):
+                return True
+            if any(self._is_read_after(shared, write) for shared in others):
+                return True
+            made = source
+        return False
 
     def _is_read_after(self, shared: fx.Node, write: fx.Node) -> bool:
         """True if ``shared``, or what may share memory with it in turn, is read after ``write``."""
@@ -197,6 +217,9 @@ def _functional_op(node: fx.Node) -> Any:
 
 
 # --------------------------------------------------------------------------- views and how they are written through
+
+_MAYBE_COPIES = ("contiguous", "to", "type_as", "reshape", "flatten")
+"""Ops that return their input, or a copy of it."""
 
 WriteBack = Callable[[PackGraph, fx.Node, fx.Node, fx.Node], fx.Node]
 

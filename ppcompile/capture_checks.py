@@ -96,7 +96,10 @@ def _upper_bound(condition: Any, length: sympy.Symbol) -> int | None:
 
 
 def _holds(condition: Any, length: sympy.Symbol, n: int) -> bool:
-    return bool(condition.xreplace({length: sympy.Integer(n)}) == sympy.true)
+    try:
+        return bool(condition.xreplace({length: sympy.Integer(n)}) == sympy.true)
+    except ZeroDivisionError:  # T % (T // 8) means nothing for rows of fewer than 8 tokens
+        return False
 
 
 def _always_holds(condition: Any, length: sympy.Symbol, longest: list[int]) -> bool:

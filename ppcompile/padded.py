@@ -99,13 +99,18 @@ class PaddedRows:
         """Nothing may be predicted from padding, where the packed model has no token and the padded one has noise.
 
         Raises:
-            ValueError: a label on the first token of a row that is padded on the left.
+            ValueError: a label behind an entry that is padding: on the first token of a row that is padded on the left,
+                or on the padding itself.
         """
-        first = self.real_BL[:, 1:] & ~self.real_BL[:, :-1]
-        if labels.shape == self.real_BL.shape and (bad := (first & (labels[:, 1:] != -100)).nonzero()).numel():
+        if labels.shape != self.real_BL.shape:
+            return  # the model's own loss says what it makes of them
+        bad = (~self.real_BL[:, :-1] & (labels[:, 1:] != -100)).nonzero()
+        if bad.numel():
+            row, column = bad[0].tolist()
+            where = "first token, behind padding on the left," if self.real_BL[row, column + 1] else "padding"
             raise ValueError(
-                f"row {int(bad[0, 0])} is padded on the left and its first token has a label, which the padded model "
-                "predicts from padding; set that label to -100"
+                f"row {row}: its {where} has a label (column {column + 1}), which the padded model predicts from "
+                "padding; set that label to -100"
             )
 
     def pooled(self, padding: int | None) -> Tensor:

@@ -81,10 +81,34 @@ def test_a_module_of_ones_own_gets_its_tensor_back() -> None:
     torch.testing.assert_close(ppcompile.wrap(model)(ids), model(ids), atol=2e-5, rtol=1e-5)
 
 
-def test_a_label_that_padding_would_predict_is_refused(llama: nn.Module) -> None:
-    batch = padded("left")
-    with pytest.raises(ValueError, match="predicts from padding; set that label to -100"):
+@pytest.mark.parametrize(
+    ("side", "said"),
+    [
+        ("left", r"row 0: its padding has a label \(column 1\)"),
+        ("right", r"row 0: its padding has a label \(column 10\)"),  # column 9 is predicted by the row's last token
+    ],
+)
+def test_labels_on_padding_are_refused(llama: nn.Module, side: str, said: str) -> None:
+    """As loops hand them in that take ``labels=input_ids``: their loss is noise, and the packed model has none."""
+    batch = padded(side)
+    with pytest.raises(ValueError, match=rf"{said}, which the padded model predicts from padding; set that label"):
         ppcompile.wrap(llama)(**batch, labels=batch["input_ids"])
+
+
+def test_a_label_on_the_first_token_behind_padding_is_refused(llama: nn.Module) -> None:
+    batch = padded("left")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    with pytest.raises(ValueError, match=r"row 0: its first token, behind padding on the left, has a label \(column 3"):
+        ppcompile.wrap(llama)(**batch, labels=labels)
+
+
+def test_a_label_on_the_first_padding_is_predicted_by_the_last_token(llama: nn.Module) -> None:
+    """Where padding is the end-of-sequence token, a label on the first of it is the end of the row."""
+    batch = padded("right")
+    width = batch["attention_mask"].sum(1, keepdim=True)
+    labels = batch["input_ids"].masked_fill(torch.arange(batch["input_ids"].shape[1]) > width, -100)
+    ours, theirs = (model(**batch, labels=labels).loss for model in (ppcompile.wrap(llama), llama))
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
 def test_logits_to_keep(llama: nn.Module) -> None:

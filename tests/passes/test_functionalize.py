@@ -74,6 +74,13 @@ def what_an_in_place_op_returns(x: Tensor) -> Tensor:
     return z + y
 
 
+def into_what_may_be_a_copy(x: Tensor) -> Tensor:
+    y = (x * 2).contiguous().type_as(x)
+    first = y[..., 0].clone()
+    y[..., 1:] += first[..., None]
+    return y * 3
+
+
 IN_PLACE: dict[str, Any] = {
     "activation": lambda x: (x * 2).relu_().mul(3).sigmoid_(),
     "arithmetic": lambda x: (x * 2).add_(x, alpha=3).mul_(2.0).sub_(x).div_(4),
@@ -90,6 +97,7 @@ IN_PLACE: dict[str, Any] = {
     "written_with_another_dtype": written_with_another_dtype,
     "the_source_changes_later": the_source_changes_later,
     "what_an_in_place_op_returns": what_an_in_place_op_returns,
+    "into_what_may_be_a_copy": into_what_may_be_a_copy,
 }
 
 
@@ -128,13 +136,46 @@ def through_what_may_be_a_copy(x: Tensor) -> Tensor:
     return rows + y[0]
 
 
+def into_what_may_be_read_as_another(x: Tensor) -> Tensor:
+    y = x * 2
+    z = y[..., 1:]
+    rows = y.contiguous().type_as(x)
+    rows[..., 2:] += 1
+    return rows[..., :5] + z
+
+
+def into_what_may_be_two(x: Tensor) -> Tensor:
+    y = x * 2
+    one, other = y.reshape(-1, 6), y.reshape(-1, 6)
+    one.add_(1)
+    return one + other
+
+
+def over_what_may_be_written(x: Tensor) -> Tensor:
+    y = x * 2
+    rows = y.reshape(-1, 6)
+    rows.add_(1)
+    y.mul_(2)
+    return rows
+
+
 def through_a_detached_view(x: Tensor) -> Tensor:
     y = x * 2
     y.detach()[..., 0].add_(1)
     return y
 
 
-@pytest.mark.parametrize("function", [through_einsum, through_what_may_be_a_copy, through_a_detached_view])
+NOT_FOLLOWED = [
+    through_einsum,
+    through_what_may_be_a_copy,
+    into_what_may_be_read_as_another,
+    into_what_may_be_two,
+    over_what_may_be_written,
+    through_a_detached_view,
+]
+
+
+@pytest.mark.parametrize("function", NOT_FOLLOWED)
 def test_what_cannot_be_followed_keeps_its_meaning_and_is_refused(
     function: Any, captured: Any, typed: Any, evaluated: Any, words: Tensor, ids: Tensor
 ) -> None:
