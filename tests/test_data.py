@@ -165,7 +165,15 @@ def test_tools_and_their_calls_are_kept_without_the_nulls_of_a_table():
         ({"chosen": [YES, USER, YES]}, "'chosen' must be text or one assistant message under a prompt that is text"),
         ({"prompt": [USER], "chosen": [MORE]}, "'chosen' holds no message of the assistant, so nothing is scored"),
         ({"prompt": [USER], "chosen": [USER]}, "'chosen' holds no message after the prompt"),
-        ({"prompt": [USER], "chosen": [{"role": "assistant", "content": " "}]}, "'chosen[0]' is an assistant message"),
+        (
+            {"prompt": [USER], "chosen": [{"role": "assistant", "content": " "}]},
+            "'chosen[0]' is a message of the assistant",
+        ),
+        (
+            {"prompt": [USER, YES, {"role": "user", "content": "\n"}]},
+            "'prompt[2]' is a message of the user that is empty",
+        ),
+        ({"images": ["a.png"]}, "column 'images' is not read: packs hold text. Try: remove the column"),
         ({"tools": [{"name": "look"}]}, "'tools' are written into the prompt by a chat template, and this prompt is"),
         ({"prompt": [USER], "tools": "{"}, "'tools' is text and not JSON"),
         ({"prompt": [USER], "tools": ["look"]}, "'tools[0]' must be a JSON schema, got str"),
@@ -241,6 +249,10 @@ def test_bad_lines_are_named_by_file_and_line_and_can_be_skipped(tmp_path):
     assert [record.where for record in data] == [f"{file}:1", f"{file}:5"]
     assert [bad.where for bad in data.skipped] == [f"{file}:3", f"{file}:4"]
     assert "2 skipped (first: " in data.summary()
+
+
+def test_columns_of_images_that_hold_none_are_text():
+    assert only({**PLAIN, "images": [], "image": None}) == only(PLAIN)
 
 
 def test_unknown_options_are_refused():

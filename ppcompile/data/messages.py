@@ -57,8 +57,8 @@ def _message(value: Any, name: str) -> Message:
     for key in ("role", "content"):
         if not isinstance(message.get(key), str) and not (key == "content" and key not in message and speaks_otherwise):
             raise Reason(f"{name!r} needs a text {key!r}, got {type(message.get(key)).__name__}")
-    if assistant and not speaks_otherwise and not message["content"].strip():
-        raise Reason(f"{name!r} is an assistant message that is empty")
+    if message["role"] in ("assistant", "user") and not speaks_otherwise and not message["content"].strip():
+        raise Reason(f"{name!r} is a message of the {message['role']} that is empty")
     return message
 
 

@@ -15,7 +15,8 @@
 A reply is text, one message, or the messages that follow the prompt: then those of the assistant are scored and the
 others (tool results, the user's next turn) are not. In a whole conversation the prompt ends where the assistant first
 speaks. A ``tools`` column (JSON schemas, or their JSON text) goes with any conversation. Other columns are not read, so
-a ``messages`` column beside ``chosen`` and ``rejected``, as some data sets have, does nothing.
+a ``messages`` column beside ``chosen`` and ``rejected``, as some data sets have, does nothing; only images, sounds and
+videos, without which the text would mean something else, are refused.
 """
 
 from __future__ import annotations
@@ -28,7 +29,16 @@ from typing import Any, Protocol
 
 from ppcompile.data.messages import Message, Reason, Response, as_list, as_messages, as_text, as_tools, shared_messages
 
-__all__ = ["BadRecord", "OneSchema", "Pairs", "Preference", "Prompt", "parse_json", "preference_from"]
+__all__ = [
+    "BadRecord",
+    "OneSchema",
+    "Pairs",
+    "Preference",
+    "Prompt",
+    "check_all_is_text",
+    "parse_json",
+    "preference_from",
+]
 
 Prompt = str | list[Message]
 Pairs = tuple[tuple[int, int], ...]
@@ -117,6 +127,7 @@ def preference_from(raw: Any, where: str, unscored: str) -> Preference:
         raise BadRecord(where, f"a record must be an object with columns, got {type(row).__name__}")
     columns = {name: value for name, value in row.items() if value is not None}  # tables fill absent columns with null
     try:
+        check_all_is_text(columns)
         spelling = _spelling(columns)
         prompt, responses = READERS[spelling](columns)
         tools = as_tools(columns.get("tools", []), isinstance(prompt, list))
@@ -172,6 +183,21 @@ def parse_json(text: str, where: str) -> Any:
 
 
 # --------------------------------------------------------------------------- spellings
+
+_NOT_TEXT = ("image", "images", "pixel_values", "audio", "audios", "video", "videos")
+
+
+def check_all_is_text(columns: Columns) -> None:
+    """Refuse what would be trained on without the pictures that it speaks of.
+
+    Raises:
+        Reason: a column of images, sounds or videos that holds any.
+    """
+    for name in _NOT_TEXT:
+        value = columns.get(name)
+        if value is not None and not (isinstance(value, (str, list, tuple)) and not value):
+            raise Reason(f"column {name!r} is not read: packs hold text. Try: remove the column to train on text alone")
+
 
 PAIR, RESPONSES, COMPLETION = "prompt+chosen+rejected", "prompt+responses", "prompt+completion"
 MESSAGES, ROLLOUTS = "messages", "conversations"

@@ -23,7 +23,8 @@ class PackBatchSampler(Sampler[list[int]]):
         sampler = PackBatchSampler(samples, max_tokens=16384)
         loader = DataLoader(samples, batch_sampler=sampler, collate_fn=sampler.collator(), num_workers=2)
 
-    In ``torchdata``'s ``StatefulDataLoader`` the place in the epoch is part of the loader's state. Samples are taken
+    Each rank gets its own packs, so ``accelerate.prepare`` must not divide the ``DataLoader`` again, and is refused. In
+    ``torchdata``'s ``StatefulDataLoader`` the place in the epoch is part of the loader's state. Samples are taken
     whole: a record beyond the budget is an error or left out; cut long records with ``RecordTokenizer``'s limits, or
     use :class:`PackedDataLoader`, which also splits them.
 
@@ -79,6 +80,18 @@ class PackBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return self.packing.count(self._by_place(), self.epoch)
+
+    @property
+    def batch_size(self) -> int:
+        """Packs have none, and only code that would divide them among ranks once more asks.
+
+        Raises:
+            TypeError: always. A part of each rank's packs would be left out, and nobody would notice.
+        """
+        raise TypeError(
+            "a PackBatchSampler has no batch_size: its packs are dealt to ranks already, and would be divided a second "
+            "time. Try: keep the DataLoader out of accelerate's prepare(), or use PackedDataLoader"
+        )
 
     def collator(self, *, pad_to_multiple_of: int = 1, pad_token_id: int = 0) -> PackCollator:
         """The collate function that goes with this sampler's packs."""

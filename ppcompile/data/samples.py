@@ -23,6 +23,7 @@ from ppcompile.data.records import (
     OneSchema,
     Pairs,
     Preference,
+    check_all_is_text,
     one_of,
     pairs_of_scores,
     parse_json,
@@ -113,11 +114,12 @@ class SampleReader:
 
     def _columns(self, index: int, where: str, row: Mapping[str, Any]) -> Sample:
         """A row that is tokenized already."""
-        if "input_ids" in row:
-            entry: Any = Rollout(row["input_ids"], row.get("completion_mask"))
-            return self._sample(index, _record(entry, where), where=where, schema="input_ids+completion_mask")
-        record = _record(Group(row["prompt"], row.get("responses", ())), where)
         try:
+            check_all_is_text(row)
+            if "input_ids" in row:
+                entry: Any = Rollout(row["input_ids"], row.get("completion_mask"))
+                return self._sample(index, _record(entry, where), where=where, schema="input_ids+completion_mask")
+            record = _record(Group(row["prompt"], row.get("responses", ())), where)
             scores = read_scores(row.get("scores"), record.num_sequences)
         except Reason as reason:
             raise BadRecord(where, str(reason)) from None

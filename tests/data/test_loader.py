@@ -521,11 +521,13 @@ def test_bad_records_are_named_by_file_line_and_reason(make_tokenizer, tmp_path,
 
 
 def test_bad_token_ids_are_bad_records_too():
-    data = [*groups(3), Group([], [[1]]), {"input_ids": [1, 2], "completion_mask": [1, 1]}, 5, groups(6)[5]]
+    picture = {"input_ids": [1, 2], "completion_mask": [0, 1], "pixel_values": torch.zeros(3)}
+    data = [*groups(3), Group([], [[1]]), {"input_ids": [1, 2], "completion_mask": [1, 1]}, 5, groups(6)[5], picture]
     with pytest.raises(BadRecord, match=r"^record 4: prompt of the record is empty"):
         PackedDataLoader(data)
     loader = PackedDataLoader(data, on_bad="skip")
-    assert [bad.where for bad in loader.read.reasons] == ["record 4", "record 5", "record 6"]
+    assert [bad.where for bad in loader.read.reasons] == ["record 4", "record 5", "record 6", "record 8"]
+    assert "column 'pixel_values' is not read" in loader.read.reasons[-1].reason
     assert sorted(rows(epoch(loader))) == [0, 1, 2, 6]
     with pytest.raises(BadRecord, match="record 1: the record is text, and there is no tokenizer"):
         PackedDataLoader(records(2))
@@ -677,6 +679,16 @@ def test_accelerate_leaves_the_loader_as_it_is():
     accelerate = pytest.importorskip("accelerate")
     loader = PackedDataLoader(groups(20), rank=1, world_size=2, **SMALL)
     assert accelerate.Accelerator(cpu=True).prepare(loader) is loader
+
+
+@pytest.mark.parametrize("even_batches", [True, False])
+def test_accelerate_would_divide_a_loader_of_ones_own_a_second_time(even_batches):
+    data_loader = pytest.importorskip("accelerate.data_loader")
+    loader = own_loader(rank=1, world_size=2)
+    with pytest.raises(TypeError, match=r"its packs are dealt to ranks already.*keep the DataLoader out of"):
+        data_loader.prepare_data_loader(
+            loader, num_processes=2, process_index=1, even_batches=even_batches, put_on_device=False
+        )
 
 
 def test_pairs_and_scores_are_pinned_with_the_rest(make_tokenizer, monkeypatch):
