@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from ppcompile.plan.budgets import oversize_policy
 from ppcompile.plan.cost import HEADROOM
 from ppcompile.plan.study import CLOSE, ENOUGH_PACKS, USUAL_BUDGET, Study
+from ppcompile.plan.wording import counted
 
 __all__ = ["advice", "snippet"]
 
@@ -74,8 +75,9 @@ def _memory(study: Study) -> Iterator[str]:
     room = f"{HEADROOM:.0%} of {machine.memory / 1e9:,.0f} GB"
     if study.fits == 0:
         yield (
-            f"{room} do not hold this model at {machine.state_bytes:g} bytes a parameter on {machine.shards} "
-            "device(s). Try: --shards, --state-bytes (8 for AdamW in pure bfloat16, 2 for adapters), or more --memory."
+            f"{room} do not hold this model at {machine.state_bytes:g} bytes a parameter on "
+            f"{counted(machine.shards, 'device')}. Try: --shards, --state-bytes (8 for AdamW in pure bfloat16, 2 for "
+            "adapters), or more --memory."
         )
     else:
         yield f"{room} hold packs of up to {study.fits:,} tokens."
@@ -83,38 +85,45 @@ def _memory(study: Study) -> Iterator[str]:
         larger = next(entry for entry in study.budgets if entry.reduction >= (1 - CLOSE) * most)
         if larger.reduction > (1 + MUCH) * chosen.reduction:
             yield (
-                f"Packs of {larger.max_tokens:,} tokens would reach {larger.reduction:.2f}x, in {larger.steps:,} packs "
-                "an epoch. Try: --max-tokens, if so few steps are enough."
+                f"Packs of {larger.max_tokens:,} tokens would reach {larger.reduction:.2f}x, in "
+                f"{counted(larger.steps, 'pack')} an epoch. Try: --max-tokens, if so few steps are enough."
             )
         if study.fits < min(USUAL_BUDGET, study.sharing.prompt_once) and machine.checkpoint is None:
             yield "Packs are small for a GPU. Try: --checkpoint layer, which trades a forward for memory."
     if 0 < study.fits < chosen.largest:
         yield f"Packs of {chosen.largest:,} tokens, as asked for with --max-tokens, are predicted not to fit."
     if chosen.beyond:
-        lost = f"{chosen.cut:,} records would be cut and {chosen.dropped:,} sequences dropped"
-        yield (
-            f"{chosen.beyond:,} records are beyond a pack of {chosen.max_tokens:,} tokens; under "
-            f"oversize={oversize_policy(study.reading.pairs)!r} {lost}."
-        )
+        yield f"{counted(chosen.beyond, 'record')} beyond a pack of {chosen.max_tokens:,} tokens: {_fate(study)}."
+
+
+def _fate(study: Study) -> str:
+    """What becomes of records beyond the budget."""
+    chosen, policy = study.chosen, oversize_policy(study.reading.pairs)
+    found = ["split over several packs"] if "split" in policy else []
+    if chosen.cut:
+        found.append(f"{counted(chosen.cut, 'record')} cut at the end")
+    if chosen.dropped:
+        found.append(f"{counted(chosen.dropped, 'sequence')} dropped")
+    return f"{', '.join(found)} (oversize={policy!r})"
 
 
 def _records(study: Study) -> Iterator[str]:
     reading, chosen = study.reading, study.chosen
     if chosen.steps < ENOUGH_PACKS:
         yield (
-            f"An epoch is only {chosen.steps} packs, of about {study.sample_count / chosen.steps:,.0f} records. Try: "
-            "--max-tokens, if you want more steps."
+            f"An epoch is only {counted(chosen.steps, 'pack')}, of about "
+            f"{counted(round(study.sample_count / chosen.steps), 'record')}. Try: --max-tokens, if you want more steps."
         )
     if reading.bad:
         yield f"{reading.bad:,} of {reading.records:,} records were skipped; the first: {reading.reasons[0]}"
     if reading.undecided and reading.pairs:
-        yield f"{reading.undecided:,} records in which no response is preferred were left out."
+        yield f"Left out: {counted(reading.undecided, 'record')} in which no response is preferred."
     elif reading.undecided:
         unscored = any(sample.scores is None and sample.pairs is None for sample in reading.samples)
         listed = "--unscored best-first, if responses are listed so, or " if unscored else ""
         yield (
-            f"{reading.undecided:,} records prefer no response and are measured all the same; a loss over pairs leaves "
-            f"them out. Try: {listed}--pairs."
+            f"In {counted(reading.undecided, 'record')} no response is preferred; they are measured all the same, and "
+            f"a loss over pairs leaves them out. Try: {listed}--pairs."
         )
 
 

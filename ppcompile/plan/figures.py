@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,10 @@ BLUE, ORANGE, GREEN, GREY, RED = "#3d5a80", "#e07a3f", "#2a9d8f", "#c9ced6", "#d
 INK = "#3a4048"
 WIDTH = 9.2
 """Inches; all plots stand under one another."""
+
+FEWEST_PLACES = 6  # bars of a histogram that there is room for
+OF_SEQUENCES = ("response", "sequence")
+"""Distributions that count sequences; the others count records."""
 
 STYLE: Any = {
     "font.size": 9,
@@ -57,8 +62,12 @@ def plots(study: Study) -> Iterator[Plot]:
         yield Plot("Cost of an epoch and memory of a step", "by layout; predicted", _costs(study))
         yield Plot("Packs by budget", "tokens saved and packs of an epoch; measured", _budgets(study))
         yield Plot("Padding of the usual layout", "by batch size; measured", _padding(study))
-        yield Plot("Lengths", "tokens of the parts of a record; measured", _lengths(study))
-        yield Plot("Shared beginnings", "distributions over records; measured", _shares(study))
+        yield Plot("Lengths", "histograms of tokens, by the lower edge of each bin; measured", _lengths(study))
+        yield Plot(
+            "Shared beginnings",
+            "histograms over records, in tokens unless the title says otherwise; measured",
+            _shares(study),
+        )
 
 
 def as_svg(figure: Figure) -> bytes:
@@ -176,15 +185,19 @@ def _shares(study: Study) -> Figure:
 
 
 def _histogram(axes: Axes, distribution: Distribution) -> None:
-    """Bars of equal width, whatever the bins; the edges below say what they are."""
-    places = range(len(distribution.counts))
-    axes.bar(places, distribution.counts, width=0.92, align="edge", color=BLUE)
-    is_share = distribution.edges[-1] <= 1
-    every = -(-len(distribution.edges) // 7)
-    shown = range(0, len(distribution.edges), every)
-    labels = [f"{distribution.edges[n]:.0%}" if is_share else _short(distribution.edges[n]) for n in shown]
-    axes.set_xticks(list(shown), labels)
+    """Bars of equal width, whatever the bins; the edges below, or the one value of a bin, say what they are."""
+    edges, counts = distribution.edges, distribution.counts
+    axes.bar(range(len(counts)), counts, width=0.92, align="edge", color=BLUE)
+    is_share = edges[-1] <= 1
+    single = all(b - a == 1 for a, b in itertools.pairwise(edges)) and not is_share  # a bin is one value
+    shown = range(0, len(edges) - single, -(-len(edges) // 7))
+    labels = [f"{edges[n]:.0%}" if is_share else _short(edges[n]) for n in shown]
+    axes.set_xticks([n + 0.46 * single for n in shown], labels)
+    room = max(0, FEWEST_PLACES - len(counts)) / 2  # so that a bar looks like a bar where there are few
+    axes.set_xlim(-0.3 - room, len(counts) + 0.3 + room)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(_short))
+    axes.set_ylabel("sequences" if distribution.title in OF_SEQUENCES else "records", fontsize=8)
     form = ".0%" if is_share else ",.0f"
     axes.set_title(distribution.title, pad=14)
     note = f"median {distribution.median:{form}}, 95% up to {distribution.p95:{form}}, most {distribution.most:{form}}"

@@ -12,6 +12,7 @@ __all__ = [
     "BUDGET_NOTE",
     "LAYOUT_NOTE",
     "budget_rows",
+    "counted",
     "gigabytes",
     "layout_rows",
     "length_rows",
@@ -29,11 +30,16 @@ BUDGET_NOTE = (
     "* recommended"
 )
 LAYOUT_NOTE = (
-    "tokens: computed in an epoch, padding included; packs: times fewer operations in the recommended packs; "
+    "tokens: computed in an epoch, padding included; cost: operations, over those of the recommended packs; "
     "GB: memory of the largest step; * recommended; ! more than the memory of a device"
 )
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 record``, ``2,000 records``."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
 
 
 def operations(count: float) -> str:
@@ -57,7 +63,7 @@ def size_line(study: Study) -> str:
     """Which model and machine costs are predicted for."""
     size, machine = study.size, study.machine
     heads = f"{size.heads} heads, " if size.heads is not None else ""
-    states = f"{machine.state_bytes:g} bytes a parameter of states over {machine.shards} device(s)"
+    states = f"{machine.state_bytes:g} bytes a parameter of states over {counted(machine.shards, 'device')}"
     checkpoint = "activations recomputed by layer" if machine.checkpoint else "activations kept"
     return (
         f"{size.name}: {size.layers} layers, {heads}hidden {size.hidden_size:,}, vocabulary {size.vocabulary:,}, "
@@ -69,12 +75,13 @@ def record_rows(study: Study) -> Rows:
     """What was read, and what became of it; without a header."""
     reading = study.reading
     sequences = sum(sample.record.num_sequences for sample in reading.samples)
+    undecided = f" ({'left out' if reading.pairs else 'measured too'})" if reading.undecided else ""
     rows = [
         ["records", f"{reading.records:,}"],
         ["measured", f"{study.sample_count:,} with {sequences:,} sequences"],
         ["spelled", reading.schema],
         ["skipped as bad", f"{reading.bad:,}"],
-        ["no response preferred", f"{reading.undecided:,} ({'left out' if reading.pairs else 'measured too'})"],
+        ["no response preferred", f"{reading.undecided:,}{undecided}"],
     ]
     return rows + [["  bad", reason] for reason in reading.reasons]
 
@@ -121,9 +128,10 @@ def budget_rows(study: Study) -> Rows:
 
 def layout_rows(study: Study) -> Rows:
     """An epoch of each layout."""
-    epoch, epoch_size = _prefix(max(layout.flops for layout in study.layouts))
-    step, step_size = _prefix(max(layout.flops / layout.steps for layout in study.layouts))
-    rows = [["layout", "steps", "tokens", "padding", f"{epoch}flop", f"{step}flop a step", "packs", "GB"]]
+    # By the least of each, so that none rounds to a single digit.
+    epoch, epoch_size = _prefix(min(layout.flops for layout in study.layouts))
+    step, step_size = _prefix(min(layout.flops / layout.steps for layout in study.layouts))
+    rows = [["layout", "steps", "tokens", "padding", f"{epoch}flop", f"{step}flop a step", "cost", "GB"]]
     for layout in study.layouts:
         rows.append(
             [
@@ -131,8 +139,8 @@ def layout_rows(study: Study) -> Rows:
                 f"{layout.steps:,}",
                 f"{layout.slots:,}",
                 f"{layout.padding / layout.slots:.0%}",
-                f"{layout.flops / epoch_size:.1f}",
-                f"{layout.flops / layout.steps / step_size:.1f}",
+                f"{layout.flops / epoch_size:,.1f}",
+                f"{layout.flops / layout.steps / step_size:,.1f}",
                 f"{study.cheaper(layout):.2f}x",
                 f"{layout.bytes / 1e9:,.1f}" + " !" * (layout.bytes > study.machine.memory),
             ]
