@@ -18,10 +18,11 @@ from ppcompile import Group, Rollout
 
 from .workload import SHARED, VOCABULARY
 
-__all__ = ["Entry", "data_sets", "synthetic", "tokenized"]
+__all__ = ["Entry", "data_sets", "published", "synthetic", "tokenized"]
 
 Entry = Group | list[Rollout]
 
+PUBLISHED_COLUMNS = 10
 PATCH = 28
 IMAGE = "<|image_pad|>"
 
@@ -29,6 +30,21 @@ IMAGE = "<|image_pad|>"
 def data_sets() -> list[str]:
     """Names of the sets that are there."""
     return sorted(path.name.removesuffix(".jsonl.gz") for path in SHARED.glob("*.jsonl.gz"))
+
+
+def published() -> dict[str, dict[str, float]]:
+    """Reductions of whole sets by what is shared, from the table of ``../shared/data/README.md``.
+
+    ``prompt``: each prompt once, where one is given; ``tree``: one trie a record.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for line in (SHARED / "README.md").read_text(encoding="utf-8").splitlines() if SHARED.is_dir() else ():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == PUBLISHED_COLUMNS and cells[0].startswith("`"):
+            prompt_once, record_trie = cells[7:9]
+            known = {"prompt": prompt_once, "tree": record_trie}
+            found[cells[0].strip("`")] = {share: float(text) for share, text in known.items() if text}
+    return found
 
 
 def tokenized(name: str) -> list[Entry]:

@@ -49,14 +49,20 @@ def groups_of(name: str) -> tuple[list[Group], str]:
 
     ``dpo_en`` and ``qa_feedback`` are read from ``../shared/data`` where it exists; otherwise, and for ``synthetic``,
     groups of random tokens with log-normal lengths stand in.
+
+    Raises:
+        ValueError: responses of which not all is scored, such as conversations of many turns.
     """
     path = SHARED / f"{name}.jsonl.gz"
     if name == "synthetic" or not path.exists():
         return _synthetic(), f"synthetic groups ({path} is not there)" if name != "synthetic" else "synthetic groups"
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizer")
     records = read_preferences(path, unscored="best-first")
-    tokens = [tokenize(record, tokenizer) for record in records]
-    return [Group(t.prompt, t.responses) for t in tokens], f"{name}, {len(tokens)} groups"
+    entries = [tokenize(record, tokenizer).entry for record in records]
+    groups = [entry for entry in entries if isinstance(entry, Group)]
+    if len(groups) < len(entries):
+        raise ValueError(f"{name} holds responses that are scored in part; this benchmark takes whole ones")
+    return groups, f"{name}, {len(groups)} groups"
 
 
 def _synthetic(count: int = 64, seed: int = 0) -> list[Group]:
