@@ -8,9 +8,9 @@ layout   one pack of 32,768 tokens: its forest, its layout tensors, its block li
 stream   a generator of synthetic groups: speed and memory, with --stream
 
 Process CPU time of one thread: the median of a few runs, the least and the most, after one that does not count.
-Tokenizing is not part of it; the time of packs is that of choosing and of writing all of their tensors. Tokens a second
-are tokens as they are handed over, each prompt once. What is asked for stands under each table; figures that miss it are
-red.
+Tokenizing is not part of it; the time of packs is that of choosing and of writing all their tensors. Tokens a second
+are tokens as they are handed over, each prompt once. What is asked for stands under each table; figures that miss it
+are red.
 """
 
 from __future__ import annotations
