@@ -76,6 +76,7 @@ class PackedDataLoader:
         sort: bool = False,
         oversize: str | tuple[str, ...] = "error",
         split_groups: bool = False,
+        drop_last: bool = False,
         window: int = 64,
         packs_per_step: int = 1,
         cost: CostModel | None = None,
@@ -99,7 +100,7 @@ class PackedDataLoader:
                 or any iterable of what ``ppcompile.data.samples`` lists. Every rank is given all, in the same order.
             tokenizer: a transformers tokenizer, or a :class:`ppcompile.data.RecordTokenizer` for one with limits and
                 options. None where the data are token ids.
-            max_tokens, share, seed, shuffle, sort, oversize, split_groups, window, packs_per_step, cost: see
+            max_tokens, share, seed, shuffle, sort, oversize, split_groups, drop_last, window, packs_per_step, cost: see
                 ``ppcompile.packs``.
             rank, world_size: default to those of ``torch.distributed``, if it is initialized.
             on_bad: ``"error"`` raises at the first bad record, by place and reason; ``"skip"`` leaves bad records out,
@@ -141,6 +142,7 @@ class PackedDataLoader:
             sort=sort,
             oversize=oversize,
             split_groups=split_groups,
+            drop_last=drop_last,
             window=window,
             packs_per_step=packs_per_step,
             cost=cost,

@@ -53,6 +53,7 @@ class Packing:
     sort: bool = False
     oversize: str | tuple[str, ...] = "error"
     split_groups: bool = False
+    drop_last: bool = False
     window: int = 64
     packs_per_step: int = 1
     cost: CostModel | None = None

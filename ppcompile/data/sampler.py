@@ -49,8 +49,8 @@ class PackBatchSampler(Sampler[list[int]]):
             samples: the data set of the ``DataLoader``.
             oversize: what a record beyond the budget does: ``"error"`` or ``"drop"``.
             rank, world_size: default to those of ``torch.distributed``, if it is initialized.
-            packing: ``max_tokens``, ``share``, ``seed``, ``shuffle``, ``sort``, ``window``, ``packs_per_step`` and
-                ``cost`` of ``ppcompile.packs``.
+            packing: ``max_tokens``, ``share``, ``seed``, ``shuffle``, ``sort``, ``drop_last``, ``window``,
+                ``packs_per_step`` and ``cost`` of ``ppcompile.packs``.
 
         Raises:
             TypeError: ``samples`` is something else, such as records that have no lengths yet.

@@ -85,9 +85,7 @@ class Budget:
         report.cut_groups += report.cut_tokens > lost
         dropped = len(item.sequences) - sum(len(part.sequences) for part in found)
         if dropped:
-            report.dropped_groups += 1
-            report.dropped_sequences += dropped
-            report.add_example(f"dropped {dropped:,} of {self._describe(item)}")
+            report.add_dropped(dropped, self._describe(item))
         return found
 
     def _fits(self, record: Record) -> bool:

@@ -78,6 +78,7 @@ def packs(
     sort: bool = False,
     oversize: str | Sequence[str] = "error",
     split_groups: bool = False,
+    drop_last: bool = False,
     window: int = 64,
     rank: int = 0,
     world_size: int = 1,
@@ -107,6 +108,8 @@ def packs(
             these, tried in order. See :mod:`runtime.packing.oversize`.
         split_groups: sequences of *any* group may stand in different packs where that fills them. Leave it off for
             losses that compare the responses of a group.
+        drop_last: packs at the end that hold one group each and do not suffice for all ranks are left out and counted;
+            without it they are an error.
         window: how many packs' worth of groups are kept to choose from, and how many packs are dealt at once.
         rank, world_size: whose packs, of how many ranks. Every rank gets the same number of packs.
         packs_per_step: packs of one rank in one optimizer step (gradient accumulation).
@@ -136,6 +139,7 @@ def packs(
         sort=sort,
         oversize=oversize,
         split_groups=split_groups,
+        drop_last=drop_last,
         window=window,
         rank=rank,
         world_size=world_size,
@@ -188,6 +192,7 @@ def plan_packs(
     sort: bool = False,
     oversize: str | Sequence[str] = "error",
     split_groups: bool = False,
+    drop_last: bool = False,
     window: int = 64,
     rank: int = 0,
     world_size: int = 1,
@@ -229,6 +234,7 @@ def plan_packs(
         share=share,
         sort=sort,
         split_groups=split_groups,
+        drop_last=drop_last,
         rng=rows_rng if shuffle else None,
         report=report,
     )

@@ -6,8 +6,9 @@ Packs of like cost share a row, so that no rank waits long for another, and with
 least gets most.
 
 Ranks never differ in the number of packs: where the last packs do not make a whole row, the dearest of them are divided
-in two until they do. No group is left out, and none comes twice. The last step may hold fewer rows than the others;
-its totals say so.
+in two until they do. No group is left out, and none comes twice; where packs of one group each leave nothing to divide,
+that is an error, unless ``drop_last`` allows to leave the cheapest of them out. The last step may hold fewer rows than
+the others; its totals say so.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ class Dealer:
         share: ``"prompt"`` or ``"tree"``.
         sort: rows in order of falling cost.
         split_groups: a pack that holds one group only may be divided too.
+        drop_last: leave out packs that do not make a row and cannot be divided, instead of an error.
         rng: shuffles the rows; ``None`` for the order in which packs were made.
-        report: counts packs that are divided.
+        report: counts packs that are divided, and what is left out.
     """
 
     def __init__(
@@ -59,13 +61,14 @@ class Dealer:
         share: str,
         sort: bool,
         split_groups: bool,
+        drop_last: bool,
         rng: np.random.Generator | None,
         report: PackingReport,
     ) -> None:
         self.world_size, self.packs_per_step = world_size, packs_per_step
         self.at_once = max(at_once, (packs_per_step + 1) * world_size)  # a step, and a row that is held back
         self.cost, self.share, self.sort, self.split_groups = cost, share, sort, split_groups
-        self.rng, self.report = rng, report
+        self.drop_last, self.rng, self.report = drop_last, rng, report
         self._done = np.zeros(world_size)  # cost of what each rank got so far
         self._steps = 0
 
@@ -95,20 +98,36 @@ class Dealer:
         return [held[n] for n in ready], [pack for n, pack in enumerate(held) if n not in dealt]
 
     def _whole_rows(self, packs: list[Pack]) -> list[Pack]:
-        """The packs, the dearest of them divided until their number is a multiple of the ranks."""
+        """The packs, the dearest of them divided until their number is a multiple of the ranks.
+
+        Raises:
+            ValueError: none can be divided, and none may be left out, or none would be left.
+        """
         packs = list(packs)
         while len(packs) % self.world_size:
             divisible = [n for n, pack in enumerate(packs) if len(_pieces(pack, self.split_groups)) > 1]
             if not divisible:
-                raise ValueError(
-                    f"the last {len(packs)} packs hold one group each and cannot feed {self.world_size} ranks evenly. "
-                    "Nothing was dropped or repeated. Try: fewer ranks, more data, or split_groups=True if your loss "
-                    "does not need all responses of a group in one pack"
-                )
+                return self._without_the_rest(packs)
             dearest = max(divisible, key=lambda n: self.cost.predict(packs[n].work))
             packs[dearest : dearest + 1] = self._halves(packs[dearest])
             self.report.divided_packs += 1
         return packs
+
+    def _without_the_rest(self, packs: list[Pack]) -> list[Pack]:
+        """Whole rows of packs, the cheapest packs left out and counted."""
+        rest = len(packs) % self.world_size
+        nothing_left = not self._steps and rest == len(packs)
+        if not self.drop_last or nothing_left:
+            ways = "fewer ranks, more data, " + "drop_last=True to leave some of them out, " * (not nothing_left)
+            raise ValueError(
+                f"the last {len(packs)} packs hold one group each and cannot feed {self.world_size} ranks evenly. "
+                f"Nothing was dropped or repeated. Try: {ways}or split_groups=True if your loss does not need all "
+                "responses of a group in one pack"
+            )
+        by_cost = sorted(packs, key=lambda pack: self.cost.predict(pack.work))
+        for item in (item for pack in by_cost[:rest] for item in pack.items):
+            self.report.add_dropped(item.record.num_sequences, f"{item.name} (drop_last)")
+        return by_cost[rest:]
 
     def _halves(self, pack: Pack) -> list[Pack]:
         halves: tuple[list[Item], list[Item]] = ([], [])

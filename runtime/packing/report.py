@@ -25,7 +25,8 @@ class PackingReport:
         tokens: tokens in them, each stored token once.
         unpacked_tokens: tokens of the sequences in them, each with its own prompt.
         parts: parts of groups in them, where a group's sequences stand in several packs.
-        dropped_groups, dropped_sequences: groups of which something was left out by ``oversize="drop"``, and what.
+        dropped_groups, dropped_sequences: groups of which something was left out by ``oversize="drop"`` or by
+            ``drop_last``, and what.
         cut_groups, cut_tokens: shortened by ``"keep_start"`` or ``"keep_end"``, and tokens lost (each stored one once).
         divided_packs: packs cut in two so that every rank gets as many.
         examples: a few of the cut and dropped groups, in words.
@@ -54,6 +55,12 @@ class PackingReport:
     def reduction(self) -> float:
         """Tokens of the unpacked sequences over tokens in the packs."""
         return self.unpacked_tokens / self.tokens if self.tokens else 1.0
+
+    def add_dropped(self, sequences: int, name: str) -> None:
+        """Count sequences of one group that are left out."""
+        self.dropped_groups += 1
+        self.dropped_sequences += sequences
+        self.add_example(f"dropped {sequences:,} of {name}")
 
     def add_example(self, text: str) -> None:
         """Keep one of the first few in words."""

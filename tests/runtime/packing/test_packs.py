@@ -123,6 +123,26 @@ def test_fewer_groups_than_ranks_is_an_error_that_says_what_to_do():
     assert sum(shared, Counter()) == everything(groups)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_last_packs_may_be_left_out_and_are_counted(stream):
+    groups = [Group([n], [[n] * 60]) for n in range(37)]
+
+    def ranks(drop_last):
+        options = {"max_tokens": 100, "window": 2, "world_size": 4, "drop_last": drop_last}
+        made = [packs(iter(groups) if stream else groups, rank=rank, **options) for rank in range(4)]
+        return made, [list(mine) for mine in made]
+
+    with pytest.raises(ValueError, match="the last 5 packs hold one group each and cannot feed 4 ranks evenly"):
+        ranks(False)
+    made, by_rank = ranks(True)
+    assert [len(mine) for mine in by_rank] == [9] * 4
+    found = sum(map(placed, by_rank), Counter())
+    assert set(found.values()) == {1}
+    assert len(found) == 36
+    assert {(mine.report.dropped_groups, mine.report.dropped_sequences) for mine in made} == {(1, 1)}
+    assert "dropped  1 sequences of 1 groups" in str(made[0].report)
+
+
 def test_packs_of_one_group_each_do_not_strand_the_last_row_of_a_stream():
     """Most groups fill a pack alone; the few that share one are held back until the end."""
     groups = [Group([1] * 50, [[2] * 45])] * 40 + [Group([1] * 3, [[2] * 3])] * 40 + [Group([1] * 50, [[2] * 45])] * 41

@@ -28,6 +28,7 @@ def dealer(world_size: int, **options) -> Dealer:
         "share": "prompt",
         "sort": False,
         "split_groups": False,
+        "drop_last": False,
         "rng": np.random.default_rng(0),
         "report": PackingReport(100),
     }
@@ -74,3 +75,23 @@ def test_the_last_step_may_be_shorter_and_says_so():
 def test_what_cannot_be_made_even_is_an_error():
     with pytest.raises(ValueError, match="last 5 packs hold one group each and cannot feed 3 ranks"):
         list(dealer(3).steps(packs_of(*[1] * 5)))
+
+
+def test_packs_that_do_not_suffice_for_all_ranks_are_an_error_or_left_out_and_counted():
+    packs = packs_of(*[1] * 11)
+    with pytest.raises(ValueError, match=r"the last \d packs hold one group each.*Try: .*drop_last=True"):
+        list(dealer(4, at_once=4).steps(packs))
+    one = dealer(4, drop_last=True)
+    steps = list(one.steps(packs))
+    assert [len(step.rows) for step in steps] == [1, 1]
+    assert (one.report.dropped_groups, one.report.dropped_sequences) == (3, 3)
+    left_out = {item.index for pack in packs for item in pack.items} - set(groups_in(steps))
+    sizes = [pack.work.tokens for pack in packs]
+    assert max(sizes[n] for n in left_out) <= min(sizes[n] for n in groups_in(steps[-1:]))
+    assert {f"dropped 1 of group {n} (drop_last)" for n in left_out} == set(one.report.examples)
+    assert sum(step.totals.responses for step in steps) == 8
+
+
+def test_an_epoch_is_never_dropped_whole():
+    with pytest.raises(ValueError, match=r"cannot feed 4 ranks evenly.*Try: fewer ranks, more data, or split_groups"):
+        list(dealer(4, drop_last=True).steps(packs_of(1, 1, 1)))
