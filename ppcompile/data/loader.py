@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from ppcompile.data.agreement import Agreement
 from ppcompile.data.batches import PreferenceBatch, write_pack
 from ppcompile.data.plans import Packing, Planned, Position, check_settings, numbered, rank_and_world
 from ppcompile.data.reading import can_be_indexed, load, read_rows, read_samples
@@ -117,9 +118,11 @@ class PackedDataLoader:
 
         Raises:
             BadRecord: see ``on_bad``; while iterating, if streaming.
-            TypeError, ValueError: an option that is not accepted, or data of which nothing is left to pack.
+            TypeError, ValueError: an option that is not accepted, or data of which nothing is left to pack; while
+                iterating, ranks that were given different data.
         """
-        rank, world_size = rank_and_world(rank, world_size)
+        given, (rank, world_size) = rank, rank_and_world(rank, world_size)
+        self._agreement = Agreement.of(given, rank, world_size)
         for name, value, least in (
             ("num_workers", num_workers, 0),
             ("prefetch", prefetch, 1),
@@ -250,7 +253,8 @@ class PackedDataLoader:
     def _plans(self, epoch: int, start: Position) -> Iterator[Planned]:
         plans = self.packing.plans(self._stream(epoch) if self._samples is None else self._samples, epoch)
         self.report = plans.report
-        return numbered(plans, start, self.packing.world_size)
+        planned = numbered(plans, start, self.packing.world_size)
+        return planned if self._agreement is None else self._agreement.checked(planned, epoch)
 
     def _stream(self, epoch: int) -> Iterator[Sample]:
         """Samples of one epoch, read as they are asked for."""

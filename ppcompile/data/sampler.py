@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import Sampler
 
+from ppcompile.data.agreement import Agreement
 from ppcompile.data.batches import PackCollator
 from ppcompile.data.plans import Packing, Position, numbered, rank_and_world
 from ppcompile.data.tokenized import TokenizedDataset
@@ -65,7 +66,8 @@ class PackBatchSampler(Sampler[list[int]]):
             raise ValueError(
                 f"oversize={oversize!r} is not accepted; an index stands for a whole record: 'error', 'drop'"
             )
-        rank, world_size = rank_and_world(rank, world_size)
+        given, (rank, world_size) = rank, rank_and_world(rank, world_size)
+        self._agreement = Agreement.of(given, rank, world_size)
         self.samples = samples
         self.packing = Packing(oversize=oversize, split_groups=False, rank=rank, world_size=world_size, **packing)
         self.packing.plans([], 0)  # refuse options now, not at the first batch
@@ -115,7 +117,8 @@ class PackIndices(Iterator[list[int]]):
     def _begin(self, epoch: int, position: Position) -> None:
         self._epoch, self._position = epoch, position
         plans = self._sampler.packing.plans(self._sampler._by_place(), epoch)
-        self._plans = numbered(plans, position, self._sampler.packing.world_size)
+        planned, agreement = numbered(plans, position, self._sampler.packing.world_size), self._sampler._agreement
+        self._plans = planned if agreement is None else agreement.checked(planned, epoch)
 
     def __next__(self) -> list[int]:
         plan, self._position, _ = next(self._plans)

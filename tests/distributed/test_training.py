@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import ppcompile
-from ppcompile.data import PreferenceBatch
+from ppcompile.data import PackBatchSampler, PreferenceBatch, TokenizedDataset
 from ppcompile.losses import dpo_loss
 
 
@@ -107,3 +108,29 @@ def resumed_from_a_checkpoint(folder: str) -> None:
 
 def test_each_rank_resumes_from_its_own_state_in_a_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
     ranks.run(resumed_from_a_checkpoint, str(tmp_path))
+
+
+def parts_of_the_data(kind: str) -> None:
+    rank, records = dist.get_rank(), list(Records())
+    part = records[rank::WORLD]
+    if kind == "sampler":
+        samples = TokenizedDataset(part)
+        plans: Any = PackBatchSampler(samples, max_tokens=70)
+    else:
+        plans = ppcompile.PackedDataLoader(part, max_tokens=70, streaming=kind == "stream")
+    said = ""
+    try:
+        next(iter(plans))
+    except ValueError as error:
+        said = str(error)
+    of_all: list[Any] = [None] * WORLD
+    dist.all_gather_object(of_all, said)
+    found = next(filter(None, of_all))  # the rank that came later sees it
+    assert re.search(r"rank \d and rank \d pack different data.*Give every rank all records in the same order", found)
+    mine = ppcompile.PackedDataLoader(part, max_tokens=70, rank=0, world_size=1)
+    assert sum(batch.num_groups for batch in mine) == len(part)
+
+
+@pytest.mark.parametrize("kind", ["list", "stream", "sampler"])
+def test_ranks_that_are_given_parts_of_the_data_are_told(ranks: Ranks, kind: str) -> None:
+    ranks.run(parts_of_the_data, kind)
