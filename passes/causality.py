@@ -8,14 +8,17 @@ gradients:
     module(rows)[b, :t]  ==  module(rows[b:b+1, :t])
 
 With the module's own weights and with random ones: a gate that starts at zero would hide what training lets through.
+
+What a module reads on rows from another such module is made by that module, from the same rows: it may hold anything,
+as long as what is read in the end satisfies the equation.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .unshare import Axes, UnsharedCall
 
-__all__ = ["NOT_CAUSAL", "prove_causal"]
+__all__ = ["NOT_CAUSAL", "Chain", "prove_causal"]
 
 NOT_CAUSAL = "it is not causal"
 
@@ -59,50 +62,60 @@ _BRIEF = _Effort(70, (1, 5, 64), (5,), (1.0,))
 _ROWS = 2
 
 
-def prove_causal(call: UnsharedCall, positional: InputsAt, *, longest: int | None, brief: bool = False) -> str | None:
+@dataclass(frozen=True)
+class Chain:
+    """A call of an unshared module, and those that it depends on without the pack in between.
+
+    Attributes:
+        call: the module, its axes, and inputs that it was seen to get.
+        positional: its inputs that are functions of position.
+        made: place of an input that stays on rows -> the chain that makes it, and which of its outputs it is.
+    """
+
+    call: UnsharedCall
+    positional: InputsAt
+    made: Mapping[int, tuple[Chain, int]] = field(default_factory=dict)
+
+
+def prove_causal(chain: Chain, outputs: Sequence[int], *, longest: int | None, brief: bool = False) -> str | None:
     """None if ``module(rows)[b, :t] == module(rows[b:b+1, :t])``, otherwise what was found.
 
     Args:
-        call: the module, its axes, and inputs that it was seen to get.
-        positional: its inputs that are functions of position.
+        chain: the module and what it depends on.
+        outputs: which of its outputs are compared.
         longest: the positions that the model has tables for, None if unlimited.
         brief: for a module of which one like it has been proved in full.
     """
     effort = (_BRIEF if brief else _FULL).within(longest or _LONG)
     try:
         # In double, so that rounding seldom decides which keys or experts are picked.
-        return _prove(call, positional, effort, longest or _LONG, brief, torch.float64)
+        return _prove(chain, outputs, effort, longest or _LONG, brief, torch.float64)
     except _Failed:
         pass  # some kernels know no doubles
     try:
-        return _prove(call, positional, effort, longest or _LONG, brief, torch.float32)
+        return _prove(chain, outputs, effort, longest or _LONG, brief, torch.float32)
     except _Failed as failed:
         return str(failed)
 
 
 def _prove(
-    call: UnsharedCall, positional: InputsAt, effort: _Effort, longest: int, brief: bool, dtype: torch.dtype
+    chain: Chain, outputs: Sequence[int], effort: _Effort, longest: int, brief: bool, dtype: torch.dtype
 ) -> str | None:
     for seed, weights in enumerate((_own, _random)):
-        module = weights(_copy(call.module.wrapped, dtype))
-        run = _Run(call, call.module.bound_to(module), positional, dtype)
-        before = {name: state.detach().clone() for name, state in _state(module)}
+        run = _Run(chain, outputs, weights, dtype)
+        before = [state.detach().clone() for state in run.state]
         for scale in effort.scales:
             finding = _compare(run, effort, scale, seed)
             if finding is None and not brief and scale == effort.scales[0]:
                 finding = _compare_long(run, effort.length, min(_LONG, longest))
             if finding is not None:
                 return finding
-        if any(not torch.equal(state, before[name]) for name, state in _state(module)):
+        if not all(map(torch.equal, run.state, before)):
             return "it changes its weights or buffers as it runs"
     return None
 
 
 # --------------------------------------------------------------------------- the module, copied
-
-
-def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def _copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -138,46 +151,77 @@ class _Failed(Exception):
     """The module raised."""
 
 
+@dataclass
+class _Drawn:
+    """Rows of tokens: the inputs of a module that hold some, by place, and those of the modules that it depends on."""
+
+    tokens: dict[int, Tensor]
+    made: dict[int, _Drawn]
+
+    def leaves(self) -> list[Tensor]:
+        """The inputs that have gradients, which start here."""
+        own = [t.requires_grad_() for t in self.tokens.values() if t.is_floating_point()]
+        return own + [leaf for drawn in self.made.values() for leaf in drawn.leaves()]
+
+
 class _Run:
-    """Runs a module on rows of drawn tokens."""
+    """Runs a copy of a chain's module on rows of drawn tokens.
 
-    def __init__(self, call: UnsharedCall, module: nn.Module, positional: InputsAt, dtype: torch.dtype) -> None:
-        self.call, self.module, self.positional, self.dtype = call, module, positional, dtype
-        self.parameters = [p for p in module.wrapped.parameters() if p.requires_grad]  # type: ignore[union-attr]
+    Attributes:
+        state: parameters and buffers of the copies, those that it depends on included.
+    """
 
-    def draw(self, length: int, scale: float, seed: int) -> list[Tensor | None]:
+    def __init__(
+        self, chain: Chain, outputs: Sequence[int], weights: Callable[[nn.Module], nn.Module], dtype: torch.dtype
+    ) -> None:
+        self.call, self.positional, self.outputs, self.dtype = chain.call, chain.positional, outputs, dtype
+        module = weights(_copy(chain.call.module.wrapped, dtype))
+        self.module = chain.call.module.bound_to(module)
+        self.made = {place: _Run(maker, [output], weights, dtype) for place, (maker, output) in chain.made.items()}
+        self.state: list[Tensor] = [*module.parameters(), *module.buffers()]
+        self.state += [tensor for run in self.made.values() for tensor in run.state]
+        self.parameters = [tensor for tensor in self.state if tensor.requires_grad]
+        self.compared = [axes for axes in (chain.call.outputs[place] for place in outputs) if axes is not None]
+
+    def draw(self, length: int, scale: float, seed: int) -> _Drawn:
         """Inputs that hold tokens, for rows of ``length``."""
         generator = torch.Generator().manual_seed(seed)
-        drawn: list[Tensor | None] = []
-        for axes, sample, known in zip(self.call.inputs, self.call.samples, self.positional(length), strict=True):
-            drawn.append(
-                None if known is not None or not axes.tokens else _tokens_like(sample, axes, length, scale, generator)
-            )
-        return [t.to(self.dtype) if t is not None and t.is_floating_point() else t for t in drawn]
+        places = zip(self.call.inputs, self.call.samples, self.positional(length), strict=True)
+        tokens = {
+            place: _tokens_like(sample, axes, length, scale, generator)
+            for place, (axes, sample, known) in enumerate(places)
+            if axes is not None and axes.tokens and known is None and place not in self.made
+        }
+        tokens = {place: t.to(self.dtype) if t.is_floating_point() else t for place, t in tokens.items()}
+        return _Drawn(tokens, {place: run.draw(length, scale, seed) for place, run in self.made.items()})
 
-    def inputs(self, drawn: Sequence[Tensor | None], row: int | None, length: int) -> list[Tensor]:
-        """All inputs, for all rows or for one of them, cut to ``length`` tokens."""
-        given = []
-        for axes, tokens, known, sample in zip(
-            self.call.inputs, drawn, self.positional(length), self.call.samples, strict=True
-        ):
-            if tokens is None:
-                value = sample if known is None else known.to(sample.device)
-                value = value.to(self.dtype) if value.is_floating_point() else value
-                count = _ROWS if row is None else 1
-                given.append(value if axes.batch is None else _expand(value, axes.batch, count))
-                continue
-            assert axes.batch is not None
-            part = tokens.narrow(axes.tokens[0], 0, length)
-            given.append(part if row is None else part.narrow(axes.batch, row, 1))
-        return given
-
-    def __call__(self, given: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, drawn: _Drawn, row: int | None, length: int) -> list[Tensor]:
+        """The outputs that are read, for all rows or for one of them, cut to ``length`` tokens."""
         try:
-            return list(self.module(*given))
+            returned = self.module(*self._inputs(drawn, row, length))
         # A module that cannot run on these rows may raise anything; the error stays attached to the refusal.
         except Exception as error:
             raise _Failed(f"it fails on rows of tokens: {type(error).__name__}: {error}") from error
+        return [returned[place] for place in self.outputs]
+
+    def _inputs(self, drawn: _Drawn, row: int | None, length: int) -> list[Tensor]:
+        known = self.positional(length)
+        return [self._input(place, drawn, known[place], row, length) for place in range(len(self.call.inputs))]
+
+    def _input(self, place: int, drawn: _Drawn, known: Tensor | None, row: int | None, length: int) -> Tensor:
+        axes, sample = self.call.inputs[place], self.call.samples[place]
+        if place in self.made:
+            (made,) = self.made[place](drawn.made[place], row, length)
+            return made
+        if place in drawn.tokens:
+            assert axes is not None
+            assert axes.batch is not None
+            part = drawn.tokens[place].narrow(axes.tokens[0], 0, length)
+            return part if row is None else part.narrow(axes.batch, row, 1)
+        value = sample if known is None else known.to(sample.device)
+        value = value.to(self.dtype) if value.is_floating_point() else value
+        count = _ROWS if row is None else 1
+        return value if axes is None or axes.batch is None else _expand(value, axes.batch, count)
 
 
 def _expand(value: Tensor, axis: int, count: int) -> Tensor:
@@ -202,16 +246,14 @@ def _tokens_like(sample: Tensor, axes: Axes, length: int, scale: float, generato
 
 @torch.enable_grad()
 def _compare(run: _Run, effort: _Effort, scale: float, seed: int) -> str | None:
-    drawn = [
-        None if t is None else t.requires_grad_(t.is_floating_point()) for t in run.draw(effort.length, scale, seed)
-    ]
-    leaves = [t for t in drawn if t is not None and t.requires_grad] + run.parameters
-    whole = run(run.inputs(drawn, None, effort.length))
+    drawn = run.draw(effort.length, scale, seed)
+    leaves = drawn.leaves() + run.parameters
+    whole = run(drawn, None, effort.length)
     if not all(t.isfinite().all() for t in whole if t.is_floating_point()):
         return "its results are not finite on random tokens"
     for cut, row in zip(effort.cuts, itertools.cycle(range(_ROWS)), strict=False):
-        part = run(run.inputs(drawn, row, cut))
-        here = [_cut(t, axes, row, cut) for t, axes in zip(whole, run.call.outputs, strict=True)]
+        part = run(drawn, row, cut)
+        here = [_cut(t, axes, row, cut) for t, axes in zip(whole, run.compared, strict=True)]
         if not all(_same(a, b, 1) for a, b in zip(part, here, strict=True)):
             return (
                 f"{NOT_CAUSAL}: the first {cut} tokens come out otherwise where more follow, or with a row beside them"
@@ -221,7 +263,7 @@ def _compare(run: _Run, effort: _Effort, scale: float, seed: int) -> str | None:
             of_part, of_here = (_gradients(outputs, weights, leaves) for outputs in (part, here))
             if not all(_same(a, b, _LOOSE) for a, b in zip(of_part, of_here, strict=True)):
                 return f"{NOT_CAUSAL}: the gradients of the first {cut} tokens are others where more follow"
-    again = run(run.inputs(drawn, None, effort.length))
+    again = run(drawn, None, effort.length)
     if not all(_same(a, b, 1) for a, b in zip(whole, again, strict=True)):
         return "it gives other results when it runs again"
     return None
@@ -233,8 +275,8 @@ def _compare_long(run: _Run, cut: int, length: int) -> str | None:
         return None
     drawn = run.draw(length, 1.0, seed=2)
     with torch.no_grad():
-        whole, part = run(run.inputs(drawn, 0, length)), run(run.inputs(drawn, 0, cut))
-    here = [_cut(t, axes, 0, cut) for t, axes in zip(whole, run.call.outputs, strict=True)]
+        whole, part = run(drawn, 0, length), run(drawn, 0, cut)
+    here = [_cut(t, axes, 0, cut) for t, axes in zip(whole, run.compared, strict=True)]
     if all(_same(a, b, 1) for a, b in zip(part, here, strict=True)):
         return None
     return f"the first {cut} tokens come out otherwise in a row of {length}"

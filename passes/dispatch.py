@@ -54,6 +54,8 @@ def _belongs(graph: PackGraph, node: fx.Node) -> bool:
     family = op_family(node)
     if is_size(node) or family in _MOVES or family in _MAKES or _is_grouped_product(node):
         return True
+    if family == "sum" and _says_how_many(node):
+        return True
     if family in _ALONG_AN_AXIS:
         return not any(graph.mentions_length(size) for size in _combined_sizes(node))
     if family in _PRODUCTS:
@@ -73,6 +75,16 @@ def _is_pointwise(node: fx.Node) -> bool:
     if torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return True
     return op_family(node) in _POINTWISE
+
+
+def _says_how_many(node: fx.Node) -> bool:
+    """True for counts that become sizes, of the groups that tokens are split into, and nothing else."""
+    if is_size(node):
+        return True
+    moved = op_family(node) in ("sum", "select", "unbind", "getitem", "to", "_to_copy")
+    value = node.meta["val"]
+    whole = not any(part.is_floating_point() for part in (value if isinstance(value, (list, tuple)) else [value]))
+    return moved and whole and all(map(_says_how_many, node.users))
 
 
 def _combined_sizes(node: fx.Node) -> list[Any]:

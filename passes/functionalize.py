@@ -6,10 +6,10 @@ before    buffer = empty([1, T, 8])                 after    buffer = empty([1, 
           f(buffer)                                          f(both)
 
 A write through a view is written back into the tensor behind it; who reads that tensor or another view of it
-afterwards reads the new value. What may be a copy (``contiguous``) is taken for one where nobody could tell: where what
-it may be a copy of is not read after the write. Only memory that the model itself has made is followed: what writes into a parameter,
-a buffer or the input, or through an op that may or may not be a view, stays as it is, and the token-mixing check
-refuses it.
+afterwards reads the new value. What may be a copy (``contiguous``) is taken for one where nobody could tell: where
+what it may be a copy of is not read after the write. Only memory that the model itself has made is followed: what
+writes into a parameter, a buffer or the input, or into what others may share, stays as it is, and the token-mixing
+check refuses it.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from . import rules_layout, rules_lookup, rules_math
-from .base import PackGraph, argument, input_nodes, is_mutable, is_size, op_family, op_name, operands, shape_of
-from .types import RULES, Const, Mixes, Tok, TokenType, Tuple, Types
+from .base import PackGraph, argument, input_nodes, is_mutable, is_op, is_size, op_family, op_name, operands, shape_of
+from .types import RULES, Const, Mixes, Rows, Tok, TokenType, Tuple, Types
 
 __all__ = ["infer", "input_types"]
 
@@ -31,6 +31,8 @@ def input_types(graph: PackGraph) -> dict[fx.Node, TokenType]:
 
 def infer(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
     """Type of ``node`` from the types of its inputs, or how it mixes tokens."""
+    if any(types[source] == Rows() for source in node.all_input_nodes) and not is_op(node, "ppcompile.unshared"):
+        return Mixes(f"{op_name(node)} reads what a module on unpacked rows does not return one row per token")
     reads_tokens = any(isinstance(types[source], (Tok, Tuple)) for source in node.all_input_nodes)
     if is_mutable(node):
         return Mixes(f"{op_name(node)} overwrites a tensor that other parts of the model may still read")
@@ -57,7 +59,7 @@ def _by_rule(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes
 
 def _checked(graph: PackGraph, node: fx.Node, kind: TokenType | Mixes) -> TokenType | Mixes:
     """``kind``, if the value has the axis of tokens that it says, and no other."""
-    if isinstance(kind, Mixes):
+    if isinstance(kind, (Mixes, Rows)):
         return kind
     value = node.meta["val"]
     parts = zip(value, kind.items, strict=True) if isinstance(kind, Tuple) else [(value, kind)]

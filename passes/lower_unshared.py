@@ -13,7 +13,7 @@ from torch import fx
 
 from ..runtime import ops
 from .base import PackGraph, argument, is_op
-from .unshare import Axes, UnsharedCall
+from .unshare import Axes, UnsharedCall, is_row_per_token, stays_on_rows
 
 __all__ = ["lower_unshared"]
 
@@ -24,12 +24,14 @@ def lower_unshared(graph: PackGraph) -> list[str]:
     for node in graph.graph.nodes:
         if is_op(node, "ppcompile.unshared"):
             markers.setdefault(argument(node, "call"), []).append(node)
+    on_rows: dict[fx.Node, fx.Node] = {}
     for name, nodes in markers.items():
-        _replace(graph, graph.unshared[name], nodes)
+        _replace(graph, graph.unshared[name], nodes, on_rows)
     return [f"{graph.unshared[name].path}: itself, on unpacked rows" for name in markers]
 
 
-def _replace(graph: PackGraph, call: UnsharedCall, markers: list[fx.Node]) -> None:
+def _replace(graph: PackGraph, call: UnsharedCall, markers: list[fx.Node], on_rows: dict[fx.Node, fx.Node]) -> None:
+    """Replace the markers of one call; ``on_rows`` holds the values that stay on rows, by their markers."""
     unpack, repack = ops.row_functions()
     target = f"unshared_{len([n for n in graph.graph.nodes if n.op == 'call_module'])}"
     graph.module.add_submodule(target, call.module)
@@ -37,15 +39,23 @@ def _replace(graph: PackGraph, call: UnsharedCall, markers: list[fx.Node]) -> No
     with graph.graph.inserting_before(first):
         inputs = []
         for source, axes in zip(argument(first, "inputs"), call.inputs, strict=True):
-            packed = any(graph.is_length(size) for size in source.meta["val"].shape)
-            inputs.append(_along(graph, unpack, source, "rows", axes, first) if packed else source)
+            if source in on_rows:
+                inputs.append(on_rows[source])
+            elif is_row_per_token(axes) and any(graph.is_length(size) for size in source.meta["val"].shape):
+                inputs.append(_along(graph, unpack, source, "rows", axes, first))
+            else:
+                inputs.append(source)
         results = graph.graph.call_module(target, tuple(inputs))
     results.meta = {key: value for key, value in first.meta.items() if key != "val"}
     for marker in markers:
         place = argument(marker, "output")
+        stays = stays_on_rows(graph, marker)
         with graph.graph.inserting_before(marker):
             row_value = graph.graph.call_function(operator.getitem, (results, place))
             row_value.meta = dict(results.meta)
+            if stays:
+                on_rows[marker] = row_value
+                continue
             back = _along(graph, repack, row_value, "copies", call.outputs[place], marker)
         back.meta["val"] = marker.meta["val"]
         marker.replace_all_uses_with(back)

@@ -6,7 +6,8 @@ import torch
 from torch import fx
 
 from .base import PackGraph, argument, axis_argument, op_family, op_name, operands, shape_of
-from .types import Const, Mixes, Tok, TokenType, Tuple, Types, rule, tensors_of, type_of, within_token
+from .types import Const, Mixes, Rows, Tok, TokenType, Tuple, Types, rule, tensors_of, type_of, within_token
+from .unshare import is_row_per_token, stays_on_rows
 
 
 @rule("gather")
@@ -150,6 +151,6 @@ def unshared(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes
     call = graph.unshared[argument(node, "call")]
     for source, axes in zip(argument(node, "inputs"), call.inputs, strict=True):
         kind = types[source]
-        if kind != Const() and (axes.batch is None or kind != Tok(*axes.tokens)):
+        if kind not in (Const(), Rows()) and not (is_row_per_token(axes) and kind == Tok(*axes.tokens)):
             return Mixes(f"{call.path} reads {source.name}, which is not one row per token")
-    return Tok(call.outputs[argument(node, "output")].tokens[0])
+    return Rows() if stays_on_rows(graph, node) else Tok(call.outputs[argument(node, "output")].tokens[0])

@@ -5,6 +5,7 @@ A tensor of the packed graph is one of
     Const       no axis of tokens; the same for every token
     Tok(d)      axis ``d`` holds the tokens; what stands at slot t depends on slot t alone, or went through
                 ``prefix_attention``, which is exact by its own definition
+    Rows        what one module on rows of whole sequences hands to another; no op may read it
 
 A rule takes an op and the types of its inputs and returns the type of its output, or a :class:`Mixes` that says how
 the op would let one slot see another. The rules stand in ``rules_math`` (arithmetic), ``rules_layout`` (views, cuts and
@@ -26,6 +27,7 @@ __all__ = [
     "RULES",
     "Const",
     "Mixes",
+    "Rows",
     "Rule",
     "Tok",
     "TokenType",
@@ -57,6 +59,14 @@ class Tok:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Of whole sequences, not of the pack."""
+
+    def __str__(self) -> str:
+        return "Rows"
+
+
+@dataclass(frozen=True)
 class Tuple:
     """What a multi-output op returns."""
 
@@ -70,7 +80,7 @@ class Mixes:
     reason: str
 
 
-TokenType: TypeAlias = "Const | Tok | Tuple"
+TokenType: TypeAlias = "Const | Tok | Rows | Tuple"
 Types = Mapping[fx.Node, TokenType]
 Rule = Callable[[PackGraph, fx.Node, Types], "TokenType | Mixes"]
 

@@ -4,6 +4,9 @@ before    x [1, T, C], arange(T), mask [T, T] ── unshared("layers.0.mamba")
 after     x [1, T, C], arange(L), mask [L, L] ── unshared("layers.0.mamba")
 lower     unpack(x, rows) [B, L, C] ── layers.0.mamba ── repack(copies) [1, T, C]
 
+What one such module hands to another, and to nobody else (the keys that a sparse attention has picked for the layers
+that follow), stays on the rows: it need not be one value per token, and it is proved with the module that reads it.
+
 The module is not captured: a marker stands for it (``runtime.ops.unshared``), and what the front door saw when it was
 called is in ``PackGraph.unshared``. This pass gives the module its positions and masks for rows of L tokens, as it gets
 them from the unpacked model, and proves that it is causal; everything around it stays packed. The gradient of a slot
@@ -12,18 +15,20 @@ flows through the first copy of it, which read all that any copy reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
 
 from .base import NotPackable, PackGraph, PassResult, Refusal, argument, input_nodes, is_op
-from .causality import NOT_CAUSAL, prove_causal
+from .causality import NOT_CAUSAL, Chain, prove_causal
 from .positional import PositionalValues
 
-__all__ = ["Axes", "UnsharedCall", "unshare"]
+_MARKER = "ppcompile.unshared"
+
+__all__ = ["Axes", "UnsharedCall", "is_row_per_token", "stays_on_rows", "unshare"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,11 @@ class Axes:
     batch: int | None
 
 
+def is_row_per_token(axes: Axes | None) -> TypeGuard[Axes]:
+    """True for a tensor of one row per token, of one or several sequences."""
+    return axes is not None and len(axes.tokens) == 1 and axes.batch is not None
+
+
 @dataclass(eq=False)
 class UnsharedCall:
     """One call of a module that stays as it is.
@@ -50,7 +60,7 @@ class UnsharedCall:
         why: what kept it from being packed.
         module: a module that takes the tensors in order and returns a tuple of tensors; ``wrapped`` is the user's own,
             ``bound_to(other)`` the same call of another one.
-        inputs, outputs: the axes of the tensors.
+        inputs, outputs: the axes of the tensors, None where they cannot be told.
         samples: the tensors that the module was seen to get, for one short row.
         proved: False where there are no weights to prove it with.
     """
@@ -60,10 +70,21 @@ class UnsharedCall:
     kind: str
     why: str
     module: Any
-    inputs: tuple[Axes, ...]
-    outputs: tuple[Axes, ...]
+    inputs: tuple[Axes | None, ...]
+    outputs: tuple[Axes | None, ...]
     samples: tuple[Tensor, ...]
     proved: bool = False
+
+
+def stays_on_rows(graph: PackGraph, node: fx.Node) -> bool:
+    """True for what an unshared module returns to other unshared modules alone, and that is no hidden state.
+
+    Indices are never compared: which key is picked among hidden ones may depend on what follows, and does no harm.
+    """
+    if not is_op(node, _MARKER) or not all(is_op(user, _MARKER) for user in node.users):
+        return False
+    axes = graph.unshared[argument(node, "call")].outputs[argument(node, "output")]
+    return not is_row_per_token(axes) or not node.meta["val"].is_floating_point()
 
 
 def unshare(graph: PackGraph) -> PassResult:
@@ -75,18 +96,19 @@ def unshare(graph: PackGraph) -> PassResult:
     result = PassResult("unshare")
     markers: dict[str, list[fx.Node]] = {}
     for node in graph.graph.nodes:
-        if is_op(node, "ppcompile.unshared"):
+        if is_op(node, _MARKER):
             markers.setdefault(argument(node, "call"), []).append(node)
     if not markers:
         return result
     rows = _Rows(graph)
-    known: set[str] = set()
+    proofs: dict[str, Chain] = {}
     for name, nodes in markers.items():
         call = graph.unshared[name]
         given: list[fx.Node] = argument(nodes[0], "inputs")
+        proofs[name] = _chain(call, given, rows, proofs)
+        _check_inputs(call, given, rows)
         inputs = [rows.canonical(call, source, axes) for source, axes in zip(given, call.inputs, strict=True)]
-        _prove(call, given, rows, brief=call.kind in known)
-        known.add(call.kind)
+        _prove(proofs[name], nodes, rows, brief=any(graph.unshared[n].kind == call.kind for n in proofs if n != name))
         for node in nodes:
             node.args = (inputs, *node.args[1:])
         result.matched.append(f"{call.path} on unpacked rows: {call.why}")
@@ -107,13 +129,13 @@ class _Rows:
         """True for a function of position with an axis of tokens."""
         return bool(self.graph.token_axes(node)) and not self.positional.depends_on_tokens(node)
 
-    def canonical(self, call: UnsharedCall, node: fx.Node, axes: Axes) -> fx.Node:
+    def canonical(self, call: UnsharedCall, node: fx.Node, axes: Axes | None) -> fx.Node:
         """``node`` for rows of L tokens if it is a function of position; tokens and weights as they are."""
         if not self.is_positional(node):
             return node
         self._check_prefix(call, node)
         clone = self._clone(node)
-        if axes.batch is None:
+        if axes is None or axes.batch is None:
             return clone
         with self.graph.graph.inserting_after(clone):
             batch = self.graph.call(torch.ops.aten.sym_size.int, (self.graph.layout("rows"), 0), like=node)
@@ -159,16 +181,47 @@ class _Rows:
         return all(self.graph.values[n.name].device.type != "meta" for n in inputs)
 
 
-def _prove(call: UnsharedCall, given: Sequence[fx.Node], rows: _Rows, brief: bool) -> None:
+def _chain(call: UnsharedCall, given: Sequence[fx.Node], rows: _Rows, known: Mapping[str, Chain]) -> Chain:
+    """The call, and the calls that make what it reads on rows."""
+    made = {
+        place: (known[argument(node, "call")], argument(node, "output"))
+        for place, node in enumerate(given)
+        if stays_on_rows(rows.graph, node)
+    }
+    return Chain(call, lambda length: rows.at(given, length), made)
+
+
+def _check_inputs(call: UnsharedCall, given: Sequence[fx.Node], rows: _Rows) -> None:
     for node, axes in zip(given, call.inputs, strict=True):
-        if not rows.is_positional(node) and axes.tokens and (len(axes.tokens) > 1 or axes.batch is None):
+        tokens = bool(rows.graph.token_axes(node)) or rows.positional.depends_on_tokens(node)
+        if tokens and not (is_row_per_token(axes) or rows.is_positional(node) or stays_on_rows(rows.graph, node)):
             reason = f"{call.path} reads a tensor that is not one row per token: {node.name}"
             raise NotPackable(Refusal(reason, call.path, call.kind))
+
+
+def _prove(chain: Chain, markers: Sequence[fx.Node], rows: _Rows, brief: bool) -> None:
+    call, graph = chain.call, rows.graph
+    read = [node for node in markers if not stays_on_rows(graph, node)]
+    for node in read:
+        if not is_row_per_token(call.outputs[argument(node, "output")]):
+            _refuse_reader(node, f"{call.path} returns something that is not one row per token")
     if any(p.device.type == "meta" for p in call.module.wrapped.parameters()):
         return  # taken at its word; wrapping real weights proves it
-    finding = prove_causal(call, lambda length: rows.at(given, length), longest=rows.graph.max_positions, brief=brief)
-    if finding is not None:
-        reason = f"{call.path} cannot run on rows of whole sequences either: {finding}"
-        # What is not causal inside is not causal outside.
-        raise NotPackable(Refusal(reason, call.path, final=finding.startswith(NOT_CAUSAL)))
+    hidden = [node for node in read if node.meta["val"].is_floating_point()]
+    picked = [node for node in read if node not in hidden]
+    for nodes in (hidden, picked):
+        places = [argument(node, "output") for node in nodes]
+        finding = prove_causal(chain, places, longest=graph.max_positions, brief=brief) if nodes else None
+        if finding is not None and nodes is picked and finding.startswith(NOT_CAUSAL):
+            _refuse_reader(picked[0], f"{call.path} returns indices that depend on what follows a token")
+        if finding is not None:
+            reason = f"{call.path} cannot run on rows of whole sequences either: {finding}"
+            # What is not causal inside is not causal outside.
+            raise NotPackable(Refusal(reason, call.path, final=finding.startswith(NOT_CAUSAL)))
     call.proved = True
+
+
+def _refuse_reader(node: fx.Node, why: str) -> None:
+    """Blame what reads ``node``: on rows, it might."""
+    reader = next(user for user in node.users if not is_op(user, _MARKER))
+    raise NotPackable(Refusal.at(reader, f"{why}, and {reader.name} reads it"))

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from .capture_checks import Attributes
 from .foreign_tensors import ForeignTensors, own_tensors
 from .passes.base import NotPackable, Refusal
-from .passes.unshare import Axes, UnsharedCall
+from .passes.unshare import Axes, UnsharedCall, is_row_per_token
 from .runtime import ops
 
 __all__ = ["CannotWatch", "Unsharing", "Watched", "observe", "standing_in"]
@@ -189,6 +190,7 @@ def _watch(
             stack.callback(module.register_forward_pre_hook(_note_given(calls[path]), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(_note_returned(calls[path]), with_kwargs=True).remove)
         stack.enter_context(_trying(model))
+        stack.enter_context(_as_captured())
         return calls, run(model, ids)
 
 
@@ -196,6 +198,11 @@ def _watch(
 def _trying(model: nn.Module) -> Iterator[None]:
     with _left_as_found(model), torch.random.fork_rng(), torch.no_grad():
         yield
+
+
+def _as_captured() -> contextlib.AbstractContextManager[Any]:
+    """What a model leaves out where it can ask what is in its tensors (a mask that hides nothing), it makes as well."""
+    return mock.patch.object(torch.compiler, "is_exporting", return_value=True)
 
 
 def _note_given(calls: list[_Seen]) -> Callable[..., None]:
@@ -251,7 +258,7 @@ def _replay(
 ) -> Tensor:
     """The logits of the model whose modules hand out what they returned before, and do nothing else."""
     handing = {path: _handing_out(seen) for path, seen in calls.items()}
-    with _trying(model), _forwards_replaced(model, handing):
+    with _trying(model), _as_captured(), _forwards_replaced(model, handing):
         logits: Tensor = run(model, ids)
         return logits
 
@@ -316,8 +323,11 @@ def _understood(model: nn.Module, path: str, why: str, runs: list[list[_Seen]]) 
             watched.unfit = finding
             return watched
         inputs, outputs = (tuple(_axes(shapes) for shapes in _shapes(nests)) for nests in (given, returned))
-        if bad := _bad_axes(inputs, outputs):
-            watched.unfit = bad
+        if not any(map(is_row_per_token, inputs)):
+            watched.unfit = "it takes nothing that is one row per token"
+            return watched
+        if not any(map(is_row_per_token, outputs)):
+            watched.unfit = "it returns nothing that is one row per token"
             return watched
         places = [n for n, leaf in enumerate(given[0].leaves) if isinstance(leaf, Tensor)]
         plain = [None if n in places else leaf for n, leaf in enumerate(given[0].leaves)]
@@ -327,8 +337,8 @@ def _understood(model: nn.Module, path: str, why: str, runs: list[list[_Seen]]) 
             kind=f"{type(module).__qualname__} {re.sub('[0-9]+', '*', path)} {module!r} {plain} {inputs} {outputs}",
             why=why,
             module=UnsharedModule(module, given[0].spec, plain, places),
-            inputs=inputs,  # type: ignore[arg-type]
-            outputs=outputs,  # type: ignore[arg-type]
+            inputs=inputs,
+            outputs=outputs,
             samples=tuple(given[0].tensors),
         )
         watched.calls.append((call, given[0], returned[0]))
@@ -359,16 +369,6 @@ def _axes(shapes: list[torch.Size]) -> Axes | None:
     if not whole or len(batch) > 1 or any((row[n], rows[n]) != (1, _ROWS) for n in batch):
         return None
     return Axes(tokens, batch[0] if batch else None)
-
-
-def _bad_axes(inputs: Sequence[Axes | None], outputs: Sequence[Axes | None]) -> str:
-    if any(axes is None or (axes.batch is not None and not axes.tokens) for axes in inputs):
-        return "it takes something that is neither per token nor the same for all tokens"
-    if not outputs or any(axes is None or len(axes.tokens) != 1 or axes.batch is None for axes in outputs):
-        return "it returns something that is not one row per token"
-    if not any(axes is not None and len(axes.tokens) == 1 and axes.batch is not None for axes in inputs):
-        return "it takes nothing that is one row per token"
-    return ""
 
 
 # --------------------------------------------------------------------------- standing in
@@ -409,7 +409,7 @@ def _marker(watched: Watched) -> Callable[..., Any]:
             raise NotPackable(Refusal(reason, watched.path))
         leaves, _ = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        length = next(t.shape[a.tokens[0]] for t, a in zip(tensors, call.inputs, strict=True) if a.tokens)
+        length = next(t.shape[a.tokens[0]] for t, a in zip(tensors, call.inputs, strict=True) if a and a.tokens)
         made = iter(
             ops.unshared(tensors, call.name, place, _sized(sample, axes, length), sample.dtype)
             for place, (sample, axes) in enumerate(zip(returned.tensors, call.outputs, strict=True))
@@ -419,5 +419,6 @@ def _marker(watched: Watched) -> Callable[..., Any]:
     return forward
 
 
-def _sized(sample: Tensor, axes: Axes, length: Any) -> list[Any]:
-    return [length if n in axes.tokens else size for n, size in enumerate(sample.shape)]
+def _sized(sample: Tensor, axes: Axes | None, length: Any) -> list[Any]:
+    tokens = axes.tokens if axes is not None else ()
+    return [length if n in tokens else size for n, size in enumerate(sample.shape)]

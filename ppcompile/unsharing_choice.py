@@ -1,7 +1,8 @@
 """Which modules stay as they are, when something in a model cannot be packed.
 
-The smallest module around what was refused whose inputs and outputs are one row per token, together with all modules
-like it. Nothing larger than a layer: a model that stays as it is as a whole would share nothing.
+The smallest module around what was refused that maps rows of tokens to rows of tokens, together with all modules like
+it. If it takes or returns something else besides, it depends on who else reads that: the next refusal names the reader.
+Nothing larger than a layer: a model that stays as it is as a whole would share nothing.
 """
 
 from __future__ import annotations

@@ -173,3 +173,115 @@ def test_a_branch_that_only_long_rows_take_is_refused() -> None:
 
     with pytest.raises(ppcompile.NotPackable, match="in a row of"):
         ppcompile.wrap(zoo.sharpen(zoo.PlainGPT(mixer=LongRows)).eval())
+
+
+class PicksKeys(nn.Module):
+    """Attention to the few keys whose scores are largest, and which ones those were."""
+
+    def __init__(self, width: int, picks: int) -> None:
+        super().__init__()
+        self.qkv, self.picks = nn.Linear(width, 3 * width), picks
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, _ = self.qkv(x).chunk(3, -1)
+        scores = (q @ k.transpose(1, 2)).masked_fill(hidden_from(x), -torch.inf)
+        picked = scores.topk(min(self.picks, x.shape[1])).indices
+        return attend(self.qkv(x), hidden_from(x), picked), picked
+
+
+class UsesPicks(nn.Module):
+    """Attention to the keys that another layer has picked; ``mask`` keeps those that follow out."""
+
+    def __init__(self, width: int, mask: bool = True) -> None:
+        super().__init__()
+        self.qkv, self.mask = nn.Linear(width, 3 * width), mask
+
+    def forward(self, x: Tensor, picked: Tensor) -> Tensor:
+        return attend(self.qkv(x), hidden_from(x) & self.mask, picked)
+
+
+def hidden_from(x: Tensor) -> Tensor:
+    return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+
+
+def attend(qkv: Tensor, hidden: Tensor, picked: Tensor) -> Tensor:
+    q, k, v = qkv.chunk(3, -1)
+    others = torch.ones(qkv.shape[0], *hidden.shape, dtype=torch.bool).scatter(-1, picked, False)
+    return (q @ k.transpose(1, 2)).masked_fill(hidden | others, -1e9).softmax(-1) @ v
+
+
+class SharedPicks(zoo.PlainGPT):
+    """The second mixer uses what the first one picked."""
+
+    def __init__(self, picks: int = 4, mask: bool = True, elsewhere: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.elsewhere = PicksKeys(32, picks), UsesPicks(32, mask), elsewhere
+
+    def forward(self, ids: Tensor) -> Tensor:
+        # Words alone would tie where one stands twice, and which of the two is picked nothing says.
+        x = self.words(ids) + torch.sin(torch.arange(ids.shape[1])[:, None] * torch.arange(1, 33) / 9)
+        mixed, picked = self.first(x)
+        x = self.blocks[0](x + mixed)
+        x = self.blocks[1](x + self.second(x, picked))
+        if self.elsewhere:
+            x = x + picked.float().mean(-1, keepdim=True)
+        return self.head(self.norm(x))
+
+
+@pytest.mark.parametrize("picks", [4, 20])  # fewer and more than the rows that the model is watched on have tokens
+def test_what_one_hands_to_another_stays_on_the_rows(picks: int) -> None:
+    packed = ppcompile.wrap(zoo.sharpen(SharedPicks(picks)).eval())
+    calls = packed.compiled().graph.unshared.values()
+    assert {call.path for call in calls} == {"first", "second"}
+    assert all(call.proved for call in calls)
+    assert len(packed.compiled().graph.sites) == 2
+    report = ppcompile.verify(packed)
+    assert report.forward <= 2e-5
+    assert report.gradient is not None
+    assert report.gradient <= 1e-4
+
+
+def test_picks_that_show_what_follows_are_refused() -> None:
+    with pytest.raises(ppcompile.NotPackable, match=r"second cannot run on rows .* not causal"):
+        ppcompile.wrap(zoo.sharpen(SharedPicks(mask=False)).eval())
+
+
+@pytest.mark.parametrize("picks", [4, 20])
+def test_picks_that_the_rest_of_the_model_reads_are_refused(picks: int) -> None:
+    with pytest.raises(ppcompile.NotPackable, match=r"indices that depend on what follows|not one row per token"):
+        ppcompile.wrap(zoo.sharpen(SharedPicks(picks, elsewhere=True)).eval())
+
+
+class SumAndState(zoo.RunningSum):
+    """Returns its last state as well."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = super().forward(x)
+        return y, y[:, -1]
+
+
+class WithState(zoo.PlainGPT):
+    def __init__(self, read: bool) -> None:
+        super().__init__()
+        self.mixer, self.read = SumAndState(32), read
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        y, state = self.mixer(x)
+        x = x + 0.1 * y
+        if self.read:
+            x = x + state[:, None]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def test_a_state_that_nobody_reads_is_left_out() -> None:
+    packed = ppcompile.wrap(zoo.sharpen(WithState(read=False)).eval())
+    assert [call.path for call in packed.compiled().graph.unshared.values()] == ["mixer"]
+    assert ppcompile.verify(packed).forward <= 2e-5
+
+
+def test_a_state_that_the_rest_of_the_model_reads_is_refused() -> None:
+    with pytest.raises(ppcompile.NotPackable, match="mixer returns something that is not one row per token"):
+        ppcompile.wrap(zoo.sharpen(WithState(read=True)).eval())

@@ -50,6 +50,15 @@ def added_in_place(m: Experts, x: Tensor) -> Tensor:
     return out
 
 
+def split_by_counts(m: Experts, x: Tensor) -> Tensor:
+    """The counts are sizes of the experts' groups, and nothing else (as in JetMoE)."""
+    expert = m.router(x).argmax(-1)
+    counts = torch.nn.functional.one_hot(expert, EXPERTS).sum(0).tolist()
+    order = expert.argsort(stable=True)
+    groups = zip(x[order].split(counts), m.up, strict=True)
+    return torch.zeros_like(x).index_add(0, order, torch.cat([group @ up for group, up in groups]))
+
+
 def weights_that_come_to_nothing(m: Experts, x: Tensor) -> Tensor:
     """Large tokens have scores of 0 with every expert, and weights of 0/0: of those nothing can be said."""
     weight, expert = m.router(x - x.abs().amax(-1, keepdim=True) * 3).sigmoid().topk(2)
@@ -103,6 +112,11 @@ def jittered(m: Experts, x: Tensor) -> Tensor:
     return apply_experts(m, x, (m.router(x) + torch.rand(x.shape[0], EXPERTS)).argmax(-1))
 
 
+def rare_crowd(m: Experts, x: Tensor) -> Tensor:
+    """Counts what random tokens never are: no number could show it."""
+    return apply_experts(m, x, m.router(x).argmax(-1)) * (1 + (x[:, 0] > 1e9).long().sum())
+
+
 def not_a_number(m: Experts, x: Tensor) -> Tensor:
     """NaN for every token: equal to nothing, so nothing is proved."""
     return apply_experts(m, x, m.router(x).argmax(-1)) + (x.sort(0).values * 0 - 1).sqrt()
@@ -137,7 +151,7 @@ def assert_exact(model: nn.Module) -> None:
     assert stage.result.matched
 
 
-@pytest.mark.parametrize("dispatch", [sorted_dispatch, added_in_place, weights_that_come_to_nothing])
+@pytest.mark.parametrize("dispatch", [sorted_dispatch, added_in_place, split_by_counts, weights_that_come_to_nothing])
 def test_dispatch_is_proved(dispatch: Callable[[Experts, Tensor], Tensor]) -> None:
     assert_exact(zoo.sharpen(Model(dispatch)).eval())
 
@@ -170,7 +184,8 @@ def test_a_loop_over_the_experts_that_were_hit_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "dispatch", [capacity, normalized_over_the_row, neighbours, jittered, not_a_number, overwrites_its_input]
+    "dispatch",
+    [capacity, normalized_over_the_row, neighbours, jittered, rare_crowd, not_a_number, overwrites_its_input],
 )
 def test_tokens_that_feel_each_other_are_refused(dispatch: Callable[[Experts, Tensor], Tensor]) -> None:
     with pytest.raises(NotPackable) as caught:
