@@ -128,9 +128,13 @@ def _start(graph: PackGraph, start: Any, size: Any) -> Expr | None:
     if isinstance(start, int):
         return Const(start) if start >= 0 else None
     value = start.meta.get("val")
-    if not isinstance(value, torch.SymInt) or not isinstance(size, int):
+    if not isinstance(value, torch.SymInt):
         return None
     places = value.node.expr
+    if graph.is_length(size) and places == -graph.length:  # the last T of T tokens
+        return ZERO
+    if not isinstance(size, int):
+        return None
     at_least_zero = isinstance(places, Max) and 0 in places.args  # `max(0, N - T)`: a row of more than N tokens fails
     if at_least_zero:
         (places,) = [arg for arg in places.args if arg != 0]

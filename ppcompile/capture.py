@@ -23,6 +23,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from .capture_checks import branches_on_length, longest_rows, nothing_escapes
 from .early_refusals import RefuseEarly
+from .module_state import keeps_nothing
 from .module_trail import ModuleTrail
 from .passes.base import NotPackable, PackGraph, Refusal
 from .unsharing import Watched, standing_in
@@ -83,7 +84,7 @@ class _Captured(nn.Module):
     def forward(self, input_ids: Tensor, segments: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
         trail: ModuleTrail = self.__dict__["trail"]
         trail.watch(input_ids)
-        with RefuseEarly(input_ids, lambda: trail.innermost):
+        with keeps_nothing(self.model), RefuseEarly(input_ids, lambda: trail.innermost):
             return call_model(self.model, input_ids)
 
 

@@ -22,9 +22,10 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils.checkpoint import CheckpointFunction
 
+from .module_state import Attributes
 from .passes.base import NotPackable, Refusal
 
-__all__ = ["Attributes", "branches_on_length", "longest_rows", "model_line", "nothing_escapes", "python_state"]
+__all__ = ["branches_on_length", "longest_rows", "model_line", "nothing_escapes", "python_state"]
 
 _LENGTHS = (*range(2, 130), *(2**n + d for n in range(8, 18) for d in (-1, 0, 1)))
 """Row lengths at which a condition is tried; it must hold at all of them to be no condition."""
@@ -127,8 +128,7 @@ def nothing_escapes(model: nn.Module) -> Iterator[None]:
     """Refuse, while ``model`` is captured, what would be missing in the graph; leave the modules as found.
 
     Raises:
-        NotPackable: a custom ``autograd.Function``, a hook on gradients, an inference-mode region, or something that
-            the forward stores on a module.
+        NotPackable: a custom ``autograd.Function``, a hook on gradients, or an inference-mode region.
     """
     _refuse_backward_hooks(model)
     custom = "a custom autograd.Function, whose backward is not in the captured graph"
@@ -143,46 +143,7 @@ def nothing_escapes(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            changed = attributes.restore()
-    for path, attribute in changed:
-        reason = f"the forward pass stores {attribute!r} on the module, which a captured graph would not do"
-        raise NotPackable(Refusal(reason, path, op="assignment", hint="keep no state between forwards"))
-
-
-class Attributes:
-    """The modules' plain attributes and tensors, as they are now."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._before = {path: dict(vars(module)) for path, module in model.named_modules()}
-
-    def restore(self) -> list[tuple[str, str]]:
-        """Put back what was assigned since then, and name it: ``(module path, attribute)``."""
-        return _restored(self._model, self._before)
-
-
-def _restored(model: nn.Module, before: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    """Put back what the forward assigned to modules, and name it: captured values are not to be kept."""
-    changed = []
-    for path, module in model.named_modules():
-        now = vars(module)
-        for name in [name for name, value in now.items() if _differs(value, before[path].get(name, _UNSET))]:
-            if name in before[path]:
-                now[name] = before[path][name]
-            else:
-                del now[name]
-            changed.append((path, name))
-    return changed
-
-
-_UNSET = object()
-
-
-def _differs(value: Any, before: Any) -> bool:
-    """True for a number, text or tensor that is another one; containers are rebuilt by the export itself."""
-    if isinstance(value, torch.Tensor):
-        return value is not before
-    return isinstance(value, (bool, int, float, str)) and (type(before) is not type(value) or before != value)
+            attributes.restore()
 
 
 def _refuse_backward_hooks(model: nn.Module) -> None:

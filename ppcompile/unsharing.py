@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .capture_checks import Attributes
 from .foreign_tensors import ForeignTensors, own_tensors
+from .module_state import Attributes
 from .passes.base import NotPackable, Refusal
 from .passes.unshare import Axes, UnsharedCall, is_row_per_token
 from .runtime import ops

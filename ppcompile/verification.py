@@ -35,6 +35,9 @@ __all__ = ["Mismatch", "Report", "example_batch", "unpacked_logps", "unpacked_re
 FORWARD_TOLERANCE = 5e-5
 """Largest accepted difference of a token's log-probability, in nats, float32; or four times what two unpacked batchings
 differ by, where the model itself amplifies rounding beyond that."""
+_ROUNDING_AT_MOST = 1e-3
+"""In float32, unpacked batchings that differ by more nats than this differ by more than rounding: the model keeps
+something from one forward to the next, or picks among equals. Nothing larger is ever accepted."""
 GRADIENT_TOLERANCE = 1e-3
 """Largest accepted relative difference of a parameter's gradient (norm over norm), float32."""
 _SPREADS = 4.0
@@ -212,20 +215,23 @@ def _measure(packed: PackedModel, eager: nn.Module, batch: PackedBatch, gradient
     if low_precision := any(p.dtype in (torch.bfloat16, torch.float16) for p in eager.parameters()):
         wide = copy.deepcopy(eager).float()
     spread = (again - theirs).abs().max().item()
+    forward_limit = max(FORWARD_TOLERANCE, min(_SPREADS * spread, _ROUNDING_AT_MOST))
     if wide is not None:  # how far low precision itself moves the unpacked model
         with torch.no_grad():
             spread = max(spread, (_unpacked_values(packed, wide, batch) - theirs).abs().max().item())
+        forward_limit = _SPREADS * spread
     gradient, where, gradient_limit = None, "", GRADIENT_TOLERANCE
     if gradients:
         weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(seed)).to(ours.device)
         mine, reference, other = (_gradients(eager, values, weights) for values in (ours, theirs, again))
         if wide is not None:
             float32 = _gradients(wide, _unpacked_values(packed, wide, batch), weights)
-            gradient_limit = _SPREADS * max(_largest_difference(g, reference, 0)[0] for g in (other, float32))
-        gradient, where = _largest_difference(mine, reference, 0 if low_precision else _SPREADS / gradient_limit, other)
+            gradient_limit = _SPREADS * max(_largest_difference(g, reference, {})[0] for g in (other, float32))
+        zero = {} if low_precision else _rounding(reference, other)
+        gradient, where = _largest_difference(mine, reference, zero)
     return Report(
         forward=(ours - theirs).abs().max().item(),
-        forward_limit=_SPREADS * spread if low_precision else max(FORWARD_TOLERANCE, _SPREADS * spread),
+        forward_limit=forward_limit,
         gradient=gradient,
         gradient_limit=gradient_limit,
         worst_parameter=where,
@@ -244,26 +250,45 @@ def _gradients(model: nn.Module, logps: Tensor, weights: Tensor) -> dict[str, Te
     return {name: grad for (name, _), grad in zip(named, grads, strict=True) if grad is not None}
 
 
+def _rounding(theirs: dict[str, Tensor], again: dict[str, Tensor]) -> dict[str, float]:
+    """The norm below which each gradient is taken for zero but for rounding.
+
+    (A bias that shifts all of a query's scores alike has such a gradient.) It is what two unpacked batchings differ by,
+    at least a few roundings of the model's largest gradient, and at most a hundredth of it.
+    """
+    largest = max((_norm(reference) for reference in theirs.values()), default=0.0)
+    found = {}
+    for name, reference in theirs.items():
+        least = torch.finfo(reference.dtype).eps * largest
+        apart = _distance(again[name], reference) if name in again else 0.0
+        found[name] = min(max(apart, least) * _SPREADS / GRADIENT_TOLERANCE, largest / 100)
+    return found
+
+
 def _largest_difference(
-    ours: dict[str, Tensor], theirs: dict[str, Tensor], noise: float, again: dict[str, Tensor] | None = None
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], zero: dict[str, float]
 ) -> tuple[float, str]:
     """Largest relative difference over parameters, and where; infinite if one side lacks a gradient.
 
-    A gradient that is zero but for rounding (a bias that shifts all of a query's scores alike) has no relative
-    difference to speak of: it is compared with ``noise`` times what two unpacked batchings differ by.
+    Args:
+        ours, theirs: gradients by the parameter's name.
+        zero: the least norm that each is compared with: below, a relative difference says nothing.
     """
     if ours.keys() != theirs.keys():
         return float("inf"), ", ".join(sorted(ours.keys() ^ theirs.keys()))
     found = []
     for name, reference in theirs.items():
-        rounding = noise * _distance(again[name], reference) if again is not None else 0.0
-        value = _distance(ours[name], reference) / max(reference.double().norm().item(), rounding, 1e-30)
+        value = _distance(ours[name], reference) / max(_norm(reference), zero.get(name, 0.0), 1e-30)
         found.append((value if value == value else float("inf"), name))  # NaN is the worst
     return max(found)
 
 
+def _norm(value: Tensor) -> float:
+    return value.double().norm().item()
+
+
 def _distance(a: Tensor, b: Tensor) -> float:
-    return (a.double() - b.double()).norm().item()
+    return _norm(a.double() - b.double())
 
 
 def _independence(packed: PackedModel, batch: PackedBatch, before: Tensor) -> float:

@@ -95,10 +95,9 @@ def assert_exact(spec: Model, model: nn.Module, packed: nn.Module) -> None:
 def looks_ahead(model: nn.Module) -> bool:
     """True if the first tokens come out otherwise, in value or gradient, where more follow or at a second call."""
     row = torch.randint(0, VOCABULARY, (1, 17), generator=torch.Generator().manual_seed(1))
-    whole = call_model(model, row)
-    for cut in (1, 5, 11, 17):
+    for cut in (2, 5, 11, 17):
+        here = call_model(model, row)[:, :cut]
         part = call_model(model, row[:, :cut])
-        here = whole[:, :cut]
         if (part - here).abs().max() > 1e-3:
             return True
         of_part, of_here = (gradients(model, logits.flatten()) for logits in (part, here))
