@@ -114,17 +114,17 @@ class _Filler:
         """One pack, never an empty one."""
         self.pool.open()
         pack = Pack()
-        while (choice := self._choose(pack)) is not None:
-            item, chosen = choice
-            positions = self.pool.left[item] if chosen is None else chosen
-            pack.items.append(self.pool.items[item].part(positions))
-            pack.work = pack.work.plus(self.pool.take(item, positions))
+        while choices := self._choose(pack):
+            for item, chosen in choices:
+                positions = self.pool.left[item] if chosen is None else chosen
+                pack.items.append(self.pool.items[item].part(positions))
+                pack.work = pack.work.plus(self.pool.take(item, positions))
         if not pack.items or pack.work.tokens > self.max_tokens:
             raise AssertionError(f"a pack of {pack.work.tokens} tokens at a budget of {self.max_tokens}")
         return pack
 
-    def _choose(self, pack: Pack) -> _Choice | None:
-        """The next item of the pack, or sequences of one; ``None`` where the pack is full."""
+    def _choose(self, pack: Pack) -> list[_Choice]:
+        """The next item of the pack, or sequences of one, or all that fit together; nothing where the pack is full."""
         pool, space = self.pool, self.max_tokens - pack.work.tokens
         if self.split and not pack.items:
             beyond = np.flatnonzero(pool.waiting & (pool.sizes > self.max_tokens))
@@ -133,25 +133,25 @@ class _Filler:
         fits = np.flatnonzero(pool.waiting & (pool.needs <= space))
         needed = int(pool.needs[fits].sum())
         if len(fits) and needed <= space:
-            return int(fits[0]), None  # all of them go in, in whatever order
+            return [(n, None) for n in fits.tolist()]  # in whatever order: none will need more for another
         best = pool.sharing_most(fits, max(1, self.max_tokens // _GRAINS)) if len(fits) else fits
         if len(fits) and (not pack.items or space * len(fits) > _CLOSING * needed):
-            return int(best[np.argmax(pool.sizes[best] * self.scale[best])]), None
+            return [(int(best[np.argmax(pool.sizes[best] * self.scale[best])]), None)]
         n, filled, alone = _best_fit(pool.needs[best], space) if len(best) else (-1, 0, True)
         if self.split and alone and space - filled > self.max_tokens * _WORTH:
             others = self.rng.permutation(np.flatnonzero(pool.waiting))[:_CANDIDATES]
             part = self._best_part(others, space, least_gain=max(filled, int(self.max_tokens * _WORTH / 2)))
-            if part is not None:
+            if part:
                 return part
-        return (int(best[n]), None) if n >= 0 else None
+        return [(int(best[n]), None)] if n >= 0 else []
 
-    def _best_part(self, items: Ids, space: int, least_gain: int) -> _Choice | None:
-        """The part that fills most of ``space``, less what will be stored a second time with the rest."""
-        best = None
+    def _best_part(self, items: Ids, space: int, least_gain: int) -> list[_Choice]:
+        """The part, if any, that fills most of ``space``, less what will be stored a second time with the rest."""
+        best: list[_Choice] = []
         for item in items.tolist():
             for part in self.pool.parts(item, space):
                 if part.added - part.repeated > least_gain:
-                    best, least_gain = (item, part.positions), part.added - part.repeated
+                    best, least_gain = [(item, part.positions)], part.added - part.repeated
         return best
 
 
