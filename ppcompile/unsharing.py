@@ -244,8 +244,12 @@ def _reads_more(model: nn.Module, calls: Sequence[_Seen], watched: Watched, own:
         with _trying(model):
             call.random.restore()
             given = [tensor.clone() for tensor in call.given.tensors]
-            with ForeignTensors([*own, *given]) as foreign:
-                alone = unshared.module(*given)
+            try:
+                with ForeignTensors([*own, *given]) as foreign:
+                    alone = unshared.module(*given)
+            # Without what the model gives it besides its arguments, a module may raise anything.
+            except Exception as error:  # noqa: BLE001
+                return f"called alone, it fails: {type(error).__name__}: {error}"
         if foreign.found is not None:
             return f"{foreign.found} in it reads a tensor that it is not called with"
         if call.returned is None or not all(map(_alike, alone, call.returned.tensors)):

@@ -79,6 +79,7 @@ class Small(nn.Module):
         for block in self.blocks:
             block.attention.ids[:] = [ids]
             x = block(x)
+            block.attention.ids.clear()
         x = self.norm(x)
         return self.head(x) if self.to_logits is None else self.to_logits(self, x)
 

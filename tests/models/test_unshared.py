@@ -123,7 +123,10 @@ class Fills(zoo.PlainGPT):
     def forward(self, ids: Tensor) -> Tensor:
         for block in self.blocks:
             block.mixer.ids[:] = [ids]
-        return super().forward(ids)
+        logits = super().forward(ids)
+        for block in self.blocks:
+            block.mixer.ids.clear()
+        return logits
 
 
 class Tells(zoo.RunningSum):
