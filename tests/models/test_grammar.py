@@ -10,7 +10,7 @@ the model, reduced: ``grammar.build(grammar.Model(...))`` makes it again.
 
 from __future__ import annotations
 
-import os
+import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,12 +27,7 @@ import ppcompile
 from ppcompile.capture import call_model
 from ppcompile.verification import Mismatch, unpacked_logps, verify
 
-pytestmark = pytest.mark.skipif(
-    "PPCOMPILE_GRAMMAR" not in os.environ,
-    reason="300 random models take minutes, and their time in CI is not measured yet; set PPCOMPILE_GRAMMAR=1",
-)
-
-PARTS, RUNS, EXAMPLES = 5, 5, 10
+PARTS, RUNS, EXAMPLES = 4, 4, 10
 WRONG_EXAMPLES = 2
 ACCEPTED = 0.9
 """Share of the right models that must be accepted, in each part."""
@@ -40,6 +35,8 @@ ACCEPTED = 0.9
 FORWARD, GRADIENT = 5e-5, 1e-3
 FORWARD_64, GRADIENT_64 = 1e-9, 1e-7
 """In float64, where float32 is all rounding: a key's bias has a gradient of zero, a sharp softmax a large one."""
+HARMLESS = "in no row that was drawn does it look ahead"
+"""A norm by the row's largest number is right where that stands in the first token, as some embeddings have it."""
 ZERO = 1e-5
 """A gradient this small beside the largest is zero but for rounding."""
 
@@ -93,18 +90,29 @@ def assert_exact(spec: Model, model: nn.Module, packed: nn.Module) -> None:
 
 
 def looks_ahead(model: nn.Module) -> bool:
-    """True if the first tokens come out otherwise, in value or gradient, where more follow or at a second call."""
-    row = torch.randint(0, VOCABULARY, (1, 17), generator=torch.Generator().manual_seed(1))
-    for cut in (2, 5, 11, 17):
-        here = call_model(model, row)[:, :cut]
-        part = call_model(model, row[:, :cut])
-        if (part - here).abs().max() > 1e-3:
-            return True
-        of_part, of_here = (gradients(model, logits.flatten()) for logits in (part, here))
-        largest = max(g.norm() for g in of_part.values())
-        if any((of_here[n] - g).norm() > 1e-3 * torch.maximum(g.norm(), 1e-2 * largest) for n, g in of_part.items()):
-            return True
-    return False
+    """True if the first tokens come out otherwise, in value or gradient, where more follow or at a second call.
+
+    With weights that are not the model's own: a gate that starts at zero hides what training lets through.
+    """
+    generator = torch.Generator().manual_seed(1)
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    rows = torch.randint(0, VOCABULARY, (3, 1, 17), generator=generator)
+    return any(_looks_beyond(trained, row, cut) for row in rows for cut in (1, 5, 11, 17))
+
+
+def _looks_beyond(model: nn.Module, row: Tensor, cut: int) -> bool:
+    try:
+        here, part = call_model(model, row)[:, :cut], call_model(model, row[:, :cut])
+    except ValueError:  # statistics over the tokens of the row are not to be had from one token
+        return True
+    if (part - here).abs().max() > 1e-3:
+        return True
+    of_part, of_here = (gradients(model, logits.flatten()) for logits in (part, here))
+    largest = max(g.norm() for g in of_part.values())
+    return any((of_here[n] - g).norm() > 1e-3 * torch.maximum(g.norm(), 1e-2 * largest) for n, g in of_part.items())
 
 
 # --------------------------------------------------------------------------- the tests
@@ -178,8 +186,9 @@ def test_wrong_models_are_refused_or_caught(wrong: str) -> None:
     outcomes: Counter[str] = Counter()
 
     def check(spec: Model) -> None:
-        model = grammar.build(spec)
-        assert looks_ahead(model), "the grammar calls this wrong"
+        if not looks_ahead(grammar.build(spec)):
+            outcomes[HARMLESS] += 1
+            return
         try:
             packed = ppcompile.wrap(grammar.build(spec))
         except ppcompile.NotPackable as refused:
@@ -192,3 +201,4 @@ def test_wrong_models_are_refused_or_caught(wrong: str) -> None:
     hosts = grammar.models(several_layers=False)
     draw(hosts.map(lambda host: grammar.planted(host, wrong)), check, 0, WRONG_EXAMPLES)
     print(*(f"{count:4d} {outcome}" for outcome, count in outcomes.items()), sep="\n")
+    assert outcomes.total() > outcomes[HARMLESS], "none of them was wrong"
