@@ -99,8 +99,8 @@ def looks_ahead(model: nn.Module) -> bool:
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    rows = torch.randint(0, VOCABULARY, (3, 1, 17), generator=generator)
-    return any(_looks_beyond(trained, row, cut) for row in rows for cut in (1, 5, 11, 17))
+    rows = torch.randint(0, VOCABULARY, (2, 1, 17), generator=generator)
+    return any(_looks_beyond(trained, row, cut) for row in rows for cut in (1, 7, 17))
 
 
 def _looks_beyond(model: nn.Module, row: Tensor, cut: int) -> bool:
