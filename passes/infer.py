@@ -12,8 +12,9 @@ import torch
 from torch import fx
 
 from . import rules_layout, rules_lookup, rules_math
-from .base import PackGraph, argument, input_nodes, is_mutable, is_op, is_size, op_family, op_name, operands, shape_of
+from .base import PackGraph, argument, input_nodes, is_mutable, is_size, op_family, op_name, operands, shape_of
 from .types import RULES, Const, Mixes, Rows, Tok, TokenType, Tuple, Types
+from .unshare import is_marker
 
 __all__ = ["infer", "input_types"]
 
@@ -31,7 +32,7 @@ def input_types(graph: PackGraph) -> dict[fx.Node, TokenType]:
 
 def infer(graph: PackGraph, node: fx.Node, types: Types) -> TokenType | Mixes:
     """Type of ``node`` from the types of its inputs, or how it mixes tokens."""
-    if any(types[source] == Rows() for source in node.all_input_nodes) and not is_op(node, "ppcompile.unshared"):
+    if any(types[source] == Rows() for source in node.all_input_nodes) and not is_marker(node):
         return Mixes(f"{op_name(node)} reads what a module on unpacked rows does not return one row per token")
     reads_tokens = any(isinstance(types[source], (Tok, Tuple)) for source in node.all_input_nodes)
     if is_mutable(node):

@@ -12,18 +12,15 @@ from typing import Any
 from torch import fx
 
 from ..runtime import ops
-from .base import PackGraph, argument, is_op
-from .unshare import Axes, UnsharedCall, is_row_per_token, stays_on_rows
+from .base import PackGraph, argument
+from .unshare import Axes, UnsharedCall, is_row_per_token, markers_by_call, stays_on_rows
 
 __all__ = ["lower_unshared"]
 
 
 def lower_unshared(graph: PackGraph) -> list[str]:
     """Replace the markers; returns one line for each call."""
-    markers: dict[str, list[fx.Node]] = {}
-    for node in graph.graph.nodes:
-        if is_op(node, "ppcompile.unshared"):
-            markers.setdefault(argument(node, "call"), []).append(node)
+    markers = markers_by_call(graph)
     on_rows: dict[fx.Node, fx.Node] = {}
     for name, nodes in markers.items():
         _replace(graph, graph.unshared[name], nodes, on_rows)

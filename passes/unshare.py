@@ -26,9 +26,7 @@ from .base import NotPackable, PackGraph, PassResult, Refusal, argument, input_n
 from .causality import NOT_CAUSAL, Chain, prove_causal
 from .positional import PositionalValues
 
-_MARKER = "ppcompile.unshared"
-
-__all__ = ["Axes", "UnsharedCall", "is_row_per_token", "stays_on_rows", "unshare"]
+__all__ = ["Axes", "UnsharedCall", "is_marker", "is_row_per_token", "markers_by_call", "stays_on_rows", "unshare"]
 
 
 @dataclass(frozen=True)
@@ -76,12 +74,26 @@ class UnsharedCall:
     proved: bool = False
 
 
+def is_marker(node: fx.Node) -> bool:
+    """True for what stands for an unshared module until ``lower`` calls it."""
+    return is_op(node, "ppcompile.unshared")
+
+
+def markers_by_call(graph: PackGraph) -> dict[str, list[fx.Node]]:
+    """The markers of each call, one for each output that the graph mentions, in graph order."""
+    markers: dict[str, list[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        if is_marker(node):
+            markers.setdefault(argument(node, "call"), []).append(node)
+    return markers
+
+
 def stays_on_rows(graph: PackGraph, node: fx.Node) -> bool:
     """True for what an unshared module returns to other unshared modules alone, and that is no hidden state.
 
     Indices are never compared: which key is picked among hidden ones may depend on what follows, and does no harm.
     """
-    if not is_op(node, _MARKER) or not all(is_op(user, _MARKER) for user in node.users):
+    if not is_marker(node) or not all(map(is_marker, node.users)):
         return False
     axes = graph.unshared[argument(node, "call")].outputs[argument(node, "output")]
     return not is_row_per_token(axes) or not node.meta["val"].is_floating_point()
@@ -94,10 +106,7 @@ def unshare(graph: PackGraph) -> PassResult:
         NotPackable: a module that is not causal, or reads what cannot be had for unpacked rows.
     """
     result = PassResult("unshare")
-    markers: dict[str, list[fx.Node]] = {}
-    for node in graph.graph.nodes:
-        if is_op(node, _MARKER):
-            markers.setdefault(argument(node, "call"), []).append(node)
+    markers = markers_by_call(graph)
     if not markers:
         return result
     rows = _Rows(graph)
@@ -223,5 +232,5 @@ def _prove(chain: Chain, markers: Sequence[fx.Node], rows: _Rows, brief: bool) -
 
 def _refuse_reader(node: fx.Node, why: str) -> None:
     """Blame what reads ``node``: on rows, it might."""
-    reader = next(user for user in node.users if not is_op(user, _MARKER))
+    reader = next(user for user in node.users if not is_marker(user))
     raise NotPackable(Refusal.at(reader, f"{why}, and {reader.name} reads it"))
