@@ -23,7 +23,7 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Parameters, buffers, hooks and submodules: torch.export reports what becomes of buffers, the rest is not state."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
-_CONTAINERS = (list, tuple, dict, deque)
+_CONTAINERS = (list, tuple, dict, deque, set)
 _DEPTH = 4
 
 
@@ -134,6 +134,8 @@ def _parts(value: Any) -> dict[Any, Any]:
         return dict(value)
     if isinstance(value, (list, tuple, deque)):
         return dict(enumerate(value))
+    if isinstance(value, set):
+        return {element: element for element in value}
     return dict(vars(value))
 
 
@@ -141,6 +143,9 @@ def _fill(value: Any, held: dict[Any, Any]) -> None:
     if isinstance(value, (list, deque)):
         value.clear()
         value.extend(held.values())
+    elif isinstance(value, set):
+        value.clear()
+        value.update(held)
     elif not isinstance(value, tuple):
         attributes = value if isinstance(value, dict) else vars(value)
         attributes.clear()

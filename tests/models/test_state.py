@@ -43,6 +43,11 @@ KEPT: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any, Te
     "list": (list, lambda kept: kept[-1] if kept else None, lambda m, value: m.kept.append(value)),
     "dict": (dict, lambda kept: kept.get("last"), lambda m, value: m.kept.update(last=value)),
     "queue": (lambda: deque(maxlen=1), lambda kept: kept[-1] if kept else None, lambda m, value: m.kept.append(value)),
+    "set": (
+        set,
+        lambda kept: sum(kept) if kept else None,
+        lambda m, value: m.kept.add(len(m.kept) + 1.0),
+    ),
     "object": (
         lambda: SimpleNamespace(last=None),
         lambda kept: kept.last,
