@@ -173,6 +173,19 @@ class PackGraph:
         """True if ``size`` is the number of scored slots, U."""
         return isinstance(size, torch.SymInt) and size.node.expr == self.scored
 
+    def size_at(self, size: Any, length: int) -> Any:
+        """``size`` in a pack of ``length`` tokens, all of them scored; as it is if it is no symbol.
+
+        Raises:
+            LookupError: it depends on more than these.
+        """
+        if not isinstance(size, torch.SymInt):
+            return size
+        found = size.node.expr.subs({self.length: length, self.scored: length})
+        if found.free_symbols:
+            raise LookupError(f"{size} is not known from the number of tokens")
+        return int(found)
+
     def view_sizes(self, node: fx.Node) -> list[int]:
         """``node``'s shape as a reshape takes it: the axis of tokens is left to be inferred."""
         return [-1 if self.is_length(size) else int(size) for size in shape_of(node)]

@@ -278,11 +278,31 @@ def _compare_long(run: _Run, cut: int, length: int) -> str | None:
         return None
     drawn = run.draw(length, 1.0, seed=2)
     with torch.no_grad():
-        whole, part = run(drawn, 0, length), run(drawn, 0, cut)
+        length, whole = _longest(run, drawn, cut, length)
+        part = run(drawn, 0, cut)
     here = [_cut(t, axes, 0, cut) for t, axes in zip(whole, run.compared, strict=True)]
     if all(_same(a, b, 1) for a, b in zip(part, here, strict=True)):
         return None
     return f"the first {cut} tokens come out otherwise in a row of {length}"
+
+
+def _longest(run: _Run, drawn: _Drawn, runs: int, length: int) -> tuple[int, list[Tensor]]:
+    """The longest row, of ``runs`` to ``length`` tokens, that the module takes, and its outputs.
+
+    A module with a table of its own for so many positions fails beyond them, on a pack's rows as on any other.
+    """
+    try:
+        return length, run(drawn, 0, length)
+    except _Failed:
+        fails = length
+    found = run(drawn, 0, runs)
+    while fails - runs > 1:
+        middle = (runs + fails) // 2
+        try:
+            runs, found = middle, run(drawn, 0, middle)
+        except _Failed:
+            fails = middle
+    return runs, found
 
 
 def _cut(value: Tensor, axes: Axes, row: int, length: int) -> Tensor:

@@ -9,7 +9,7 @@ the longer length; the model is limited to the positions that were looked at.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ times positions are only computed for the smaller one."""
 
 _SHAPE_ONLY = ("sym_size", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full",
                "new_empty")  # fmt: skip
+_SHAPE_OF_ANOTHER = ("expand_as", "view_as", "reshape_as", "type_as")
 _POSITIONS = (Var("q"), Var("k"))
 
 
@@ -102,6 +103,8 @@ class PositionalValues:
 
     def evaluate(self, node: fx.Node, length: int) -> torch.Tensor | None:
         """Value of a position-only node for one unpacked sequence of ``length`` tokens, on the CPU."""
+        if self.depends_on_tokens(node):
+            return None
         key = (node, length)
         if key not in self._evaluated:
             self._evaluated[key] = self._evaluate(node, length)
@@ -110,7 +113,7 @@ class PositionalValues:
     def _evaluate(self, node: fx.Node, length: int) -> torch.Tensor | None:
         env: dict[fx.Node, Any] = {}
         try:
-            for ancestor in self.ancestors(node):
+            for ancestor in self.ancestors(node, stop=self.depends_on_tokens):
                 env[ancestor] = self._computed(ancestor, length, env)
         except (LookupError, RuntimeError):  # an input without data, or a table shorter than this length
             return None
@@ -118,21 +121,24 @@ class PositionalValues:
         return result
 
     def _computed(self, node: fx.Node, length: int, env: dict[fx.Node, Any]) -> Any:
+        if self.depends_on_tokens(node):  # read for its shape and dtype
+            sizes = [self.graph.size_at(size, length) for size in shape_of(node)]
+            return torch.zeros(sizes, dtype=node.meta["val"].dtype)
         if node.op != "placeholder":
             return run_node(node, env, device=torch.device("cpu"))
         if node.name in LAYOUT_INPUTS:
-            row = torch.arange(length)
-            return {"input_ids": torch.zeros(1, length, dtype=torch.int64), "position_ids": row[None]}[node.name]
+            return {"position_ids": torch.arange(length)[None]}[node.name]
         value = self.fixed_value(node)
         if value is None:
             raise LookupError(node.name)
         return value.detach().cpu()
 
-    def ancestors(self, node: fx.Node) -> list[fx.Node]:
-        """``node`` and all that it is computed from, in graph order."""
+    def ancestors(self, node: fx.Node, stop: Callable[[fx.Node], bool] = lambda _: False) -> list[fx.Node]:
+        """``node`` and all that it is computed from, in graph order; of what ``stop`` holds for, not its sources."""
         found, stack = {node}, [node]
         while stack:
-            for source in stack.pop().all_input_nodes:
+            last = stack.pop()
+            for source in [] if stop(last) else last.all_input_nodes:
                 if source not in found:
                     found.add(source)
                     stack.append(source)
@@ -158,6 +164,8 @@ def _read_by(node: fx.Node) -> list[fx.Node]:
     """The inputs whose values ``node`` reads: of the tensor that lends its shape, none."""
     if op_family(node) in _SHAPE_ONLY:
         return [source for source in node.all_input_nodes if not is_tensor(source)]
+    if op_family(node) in _SHAPE_OF_ANOTHER:
+        return node.all_input_nodes[:1]
     return node.all_input_nodes
 
 

@@ -194,7 +194,7 @@ def _runner(graph: PackGraph, region: Region, weights: dict[fx.Node, Tensor]) ->
         leaves = {n: t.detach().to(device) for n, t in (*tokens.items(), *weights.items())}
         leaves = {n: t.requires_grad_(t.is_floating_point()) for n, t in leaves.items()}
         env: dict[fx.Node, Any] = {n: t.clone() if n in tokens else t for n, t in leaves.items()}
-        env |= {n: _size_of(value, graph, count) for n, value in sizes.items()}
+        env |= {n: graph.size_at(value, count) for n, value in sizes.items()}
         with torch.enable_grad():
             for node in region.nodes:
                 env[node] = call_node(node, env)
@@ -209,12 +209,6 @@ def _runner(graph: PackGraph, region: Region, weights: dict[fx.Node, Tensor]) ->
         return [t.detach() for t in outputs], gradients
 
     return run
-
-
-def _size_of(value: Any, graph: PackGraph, count: int) -> Any:
-    if isinstance(value, torch.SymInt):
-        return int(value.node.expr.subs({graph.length: count, graph.scored: count}))
-    return value
 
 
 def _compare(region: Region, run: Run, inputs: dict[fx.Node, Tensor], count: int, seed: int) -> str | None:

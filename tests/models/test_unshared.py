@@ -77,6 +77,24 @@ def test_positions_and_masks_are_those_of_the_unpacked_row() -> None:
     assert ppcompile.verify(packed).forward <= 2e-5
 
 
+def test_positions_may_borrow_the_shape_of_the_token_ids() -> None:
+    """``expand_as`` reads nothing of the tensor that lends its shape."""
+
+    class ByShape(WithPositions):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids)
+            row = torch.arange(600)[None, : ids.shape[1]].expand_as(ids)[0]
+            mask = row[:, None] >= row[None, :]
+            table = torch.sin(row.type_as(x)[None, :, None] * torch.arange(1, 33) / 7)
+            for block, mixer in zip(self.blocks, self.mixers, strict=True):
+                x = block(x + 0.1 * mixer(x, table, mask[None]))
+            return self.head(self.norm(x))
+
+    packed = ppcompile.wrap(zoo.sharpen(ByShape()).eval())
+    assert packed.compiled().graph.unshared
+    assert ppcompile.verify(packed).forward <= 2e-5
+
+
 def test_what_depends_on_the_rows_length_is_refused() -> None:
     class CountsTheRow(WithPositions):
         def forward(self, ids: Tensor) -> Tensor:
@@ -176,6 +194,30 @@ def test_a_branch_that_only_long_rows_take_is_refused() -> None:
 
     with pytest.raises(ppcompile.NotPackable, match="in a row of"):
         ppcompile.wrap(zoo.sharpen(zoo.PlainGPT(mixer=LongRows)).eval())
+
+
+class HasATable(zoo.RunningSum):
+    """Knows 400 positions, fewer than the model around it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("table", torch.linspace(0, 1, 400))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.table[: x.shape[1], None]
+
+
+def test_a_module_with_a_table_shorter_than_the_models_is_proved_up_to_its_end() -> None:
+    packed = ppcompile.wrap(zoo.sharpen(zoo.PlainGPT(mixer=HasATable)).eval())
+    assert len(packed.compiled().graph.unshared) == 2
+    assert ppcompile.verify(packed).forward <= 2e-5
+
+    class ChangesItsWays(HasATable):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (2 if x.shape[1] > 390 else 1)
+
+    with pytest.raises(ppcompile.NotPackable, match="in a row of 400"):
+        ppcompile.wrap(zoo.sharpen(zoo.PlainGPT(mixer=ChangesItsWays)).eval())
 
 
 class PicksKeys(nn.Module):
