@@ -125,6 +125,8 @@ def _export(model: nn.Module, watched: Mapping[str, Watched], trail: ModuleTrail
     try:
         with (
             _quiet(),
+            # It remembers shapes op by op, checks each memory, and costs a fifth more time than it saves.
+            torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
             _plain_attention(model),
             _as_in_training(),
             nothing_escapes(model),
