@@ -27,7 +27,7 @@ import ppcompile
 from ppcompile.capture import call_model
 from ppcompile.verification import Mismatch, unpacked_logps, verify
 
-PARTS, RUNS, EXAMPLES = 4, 4, 10
+PARTS, RUNS, EXAMPLES = 4, 4, 11
 WRONG_EXAMPLES = 2
 ACCEPTED = 0.9
 """Share of the right models that must be accepted, in each part."""
@@ -35,6 +35,8 @@ ACCEPTED = 0.9
 FORWARD, GRADIENT = 5e-5, 1e-3
 FORWARD_64, GRADIENT_64 = 1e-9, 1e-7
 """In float64, where float32 is all rounding: a key's bias has a gradient of zero, a sharp softmax a large one."""
+AHEAD = 1e-6
+"""A difference, in float64, that is more than rounding."""
 HARMLESS = "in no row that was drawn does it look ahead"
 """A norm by the row's largest number is right where that stands in the first token, as some embeddings have it."""
 ZERO = 1e-5
@@ -92,10 +94,11 @@ def assert_exact(spec: Model, model: nn.Module, packed: nn.Module) -> None:
 def looks_ahead(model: nn.Module) -> bool:
     """True if the first tokens come out otherwise, in value or gradient, where more follow or at a second call.
 
-    With weights that are not the model's own: a gate that starts at zero hides what training lets through.
+    With weights that are not the model's own: a gate that starts at zero hides what training lets through. In float64,
+    as some of these models make 1e-3 of float32's rounding.
     """
     generator = torch.Generator().manual_seed(1)
-    trained = copy.deepcopy(model)
+    trained = copy.deepcopy(model).double()
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -108,11 +111,11 @@ def _looks_beyond(model: nn.Module, row: Tensor, cut: int) -> bool:
         here, part = call_model(model, row)[:, :cut], call_model(model, row[:, :cut])
     except ValueError:  # statistics over the tokens of the row are not to be had from one token
         return True
-    if (part - here).abs().max() > 1e-3:
+    if (part - here).abs().max() > AHEAD:
         return True
     of_part, of_here = (gradients(model, logits.flatten()) for logits in (part, here))
     largest = max(g.norm() for g in of_part.values())
-    return any((of_here[n] - g).norm() > 1e-3 * torch.maximum(g.norm(), 1e-2 * largest) for n, g in of_part.items())
+    return any((of_here[n] - g).norm() > AHEAD * torch.maximum(g.norm(), 1e-2 * largest) for n, g in of_part.items())
 
 
 # --------------------------------------------------------------------------- the tests
@@ -140,16 +143,27 @@ class Tally:
 
 
 def draw(models: st.SearchStrategy[Model], check: Callable[[Model], None], number: int, examples: int) -> None:
-    """Let hypothesis draw ``examples`` models, the same ones each time for the same ``number``."""
+    """Let hypothesis draw ``examples`` models, the same ones each time for the same ``number``.
+
+    Its own first example is the simplest model, in each run the same: that one is left out.
+    """
+    simplest: list[Model] = []
     quietly = settings(
-        max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False
+        max_examples=examples + 1,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
     )
 
     @seed(number)
     @quietly
     @given(spec=models)
     def run(spec: Model) -> None:
-        check(spec)
+        if not simplest:
+            simplest.append(spec)
+        if spec != simplest[0]:
+            check(spec)
 
     run()
 
