@@ -1,6 +1,7 @@
 """Models for tests: tiny, random, with weights large enough that a masking mistake shows.
 
-``EXACT`` are the models that must be exact, ``REFUSED`` those that must be refused; each has a builder.
+``EXACT`` are the models that must be exact, ``FLEX`` those that FlexAttention must run on a GPU, ``REFUSED`` those that
+must be refused; each has a builder.
 """
 
 from __future__ import annotations
@@ -294,6 +295,26 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "plain_written_out": _plain(WrittenOutAttention),
     "plain_written_out_1e9": _plain(WrittenOutAttention, hidden=-1e9),
     "plain_triangle": _plain(TriangleAttention),
+}  # fmt: skip
+
+# Heads of 16 and more, the smallest that FlexAttention's GPU kernels take.
+FLEX: dict[str, Callable[[], nn.Module]] = {
+    "llama": _transformers("llama", head_dim=16),
+    "mistral": _transformers("mistral", head_dim=16, sliding_window=150),
+    "gemma2": _transformers(
+        "gemma2", head_dim=16, layer_types=_MIXED[:2], sliding_window=8, query_pre_attn_scalar=16,
+        attn_logit_softcapping=3.0, final_logit_softcapping=4.0,
+    ),
+    "bloom": _transformers("bloom", hidden_size=64, hidden_dropout=0.0, attention_dropout=0.0),
+    "gpt_oss": _transformers(
+        "gpt_oss", head_dim=16, layer_types=_MIXED[:2], sliding_window=8, num_local_experts=6, num_experts_per_tok=2,
+    ),
+    # queries and keys of 24, not a power of two, and values of 16
+    "deepseek_v3": _transformers(
+        "deepseek_v3", num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16,
+        v_head_dim=16, first_k_dense_replace=1, n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=3,
+        moe_intermediate_size=24, n_shared_experts=1,
+    ),
 }  # fmt: skip
 
 UNSHARED: dict[str, tuple[Callable[[], nn.Module], str]] = {

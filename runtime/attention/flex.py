@@ -34,6 +34,10 @@ BLOCK_SIZE = 128
 """Slots per block of the block lists: FlexAttention's default."""
 
 
+# Left to itself, torch takes a kernel meant for decoding where a pack has less than 128 slots, and compiles that too.
+_KERNEL: Any = {"BACKEND": "TRITON"}
+
+
 def unsupported(device: torch.device, how: Score, needs_grad: bool) -> str | None:
     """Why FlexAttention cannot run this site, or ``None``."""
     if device.type == "cuda":
@@ -131,6 +135,7 @@ def _attend(
         ),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=_KERNEL,
         return_aux=None if sinks is None else AuxRequest(lse=True),
     )
     if sinks is None:
