@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -71,11 +71,13 @@ class Chain:
         call: the module, its axes, and inputs that it was seen to get.
         positional: its inputs that are functions of position.
         made: place of an input that stays on rows -> the chain that makes it, and which of its outputs it is.
+        identity: tells it from the other chains of the same model, whatever else of the model is captured.
     """
 
     call: UnsharedCall
     positional: InputsAt
     made: Mapping[int, tuple[Chain, int]] = field(default_factory=dict)
+    identity: Hashable = None
 
 
 def prove_causal(chain: Chain, outputs: Sequence[int], *, longest: int | None, brief: bool = False) -> str | None:

@@ -15,7 +15,7 @@ flows through the first copy of it, which read all that any copy reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -26,7 +26,20 @@ from .base import NotPackable, PackGraph, PassResult, Refusal, argument, input_n
 from .causality import NOT_CAUSAL, Chain, prove_causal
 from .positional import PositionalValues
 
-__all__ = ["Axes", "UnsharedCall", "is_marker", "is_row_per_token", "markers_by_call", "stays_on_rows", "unshare"]
+__all__ = [
+    "Axes",
+    "Findings",
+    "UnsharedCall",
+    "is_marker",
+    "is_row_per_token",
+    "markers_by_call",
+    "stays_on_rows",
+    "unshare",
+]
+
+
+Findings = dict[Hashable, "str | None"]
+"""What proofs found, by all that they depend on in one model, which is captured again for each module kept out."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +112,12 @@ def stays_on_rows(graph: PackGraph, node: fx.Node) -> bool:
     return not is_row_per_token(axes) or not node.meta["val"].is_floating_point()
 
 
-def unshare(graph: PackGraph) -> PassResult:
+def unshare(graph: PackGraph, *, findings: Findings) -> PassResult:
     """Give every unshared module its inputs for unpacked rows, and prove it causal.
+
+    Args:
+        graph: a model's graph.
+        findings: of earlier graphs of the same model; what is found here is added.
 
     Raises:
         NotPackable: a module that is not causal, or reads what cannot be had for unpacked rows.
@@ -110,6 +127,7 @@ def unshare(graph: PackGraph) -> PassResult:
     if not markers:
         return result
     rows = _Rows(graph)
+    prover = _Prover(rows, findings)
     proofs: dict[str, Chain] = {}
     for name, nodes in markers.items():
         call = graph.unshared[name]
@@ -117,7 +135,7 @@ def unshare(graph: PackGraph) -> PassResult:
         proofs[name] = _chain(call, given, rows, proofs)
         _check_inputs(call, given, rows)
         inputs = [rows.canonical(call, source, axes) for source, axes in zip(given, call.inputs, strict=True)]
-        _prove(proofs[name], nodes, rows, brief=any(graph.unshared[n].kind == call.kind for n in proofs if n != name))
+        prover.prove(proofs[name], nodes, any(graph.unshared[n].kind == call.kind for n in proofs if n != name))
         for node in nodes:
             node.args = (inputs, *node.args[1:])
         result.matched.append(f"{call.path} on unpacked rows: {call.why}")
@@ -197,7 +215,9 @@ def _chain(call: UnsharedCall, given: Sequence[fx.Node], rows: _Rows, known: Map
         for place, node in enumerate(given)
         if stays_on_rows(rows.graph, node)
     }
-    return Chain(call, lambda length: rows.at(given, length), made)
+    makers = tuple((place, maker.identity, output) for place, (maker, output) in made.items())
+    identity = (call.name, tuple(map(rows.is_positional, given)), makers)
+    return Chain(call, lambda length: rows.at(given, length), made, identity)
 
 
 def _check_inputs(call: UnsharedCall, given: Sequence[fx.Node], rows: _Rows) -> None:
@@ -208,26 +228,40 @@ def _check_inputs(call: UnsharedCall, given: Sequence[fx.Node], rows: _Rows) -> 
             raise NotPackable(Refusal(reason, call.path, call.kind))
 
 
-def _prove(chain: Chain, markers: Sequence[fx.Node], rows: _Rows, brief: bool) -> None:
-    call, graph = chain.call, rows.graph
-    read = [node for node in markers if not stays_on_rows(graph, node)]
-    for node in read:
-        if not is_row_per_token(call.outputs[argument(node, "output")]):
-            _refuse_reader(node, f"{call.path} returns something that is not one row per token")
-    if any(p.device.type == "meta" for p in call.module.wrapped.parameters()):
-        return  # taken at its word; wrapping real weights proves it
-    hidden = [node for node in read if node.meta["val"].is_floating_point()]
-    picked = [node for node in read if node not in hidden]
-    for nodes in (hidden, picked):
-        places = [argument(node, "output") for node in nodes]
-        finding = prove_causal(chain, places, longest=graph.max_positions, brief=brief) if nodes else None
-        if finding is not None and nodes is picked and finding.startswith(NOT_CAUSAL):
-            _refuse_reader(picked[0], f"{call.path} returns indices that depend on what follows a token")
-        if finding is not None:
-            reason = f"{call.path} cannot run on rows of whole sequences either: {finding}"
-            # What is not causal inside is not causal outside.
-            raise NotPackable(Refusal(reason, call.path, final=finding.startswith(NOT_CAUSAL)))
-    call.proved = True
+@dataclass
+class _Prover:
+    """Proves calls causal, each only once."""
+
+    rows: _Rows
+    findings: Findings
+
+    def prove(self, chain: Chain, markers: Sequence[fx.Node], brief: bool) -> None:
+        """Mark a call as proved, or raise what was found; without weights, it is taken at its word."""
+        call, graph = chain.call, self.rows.graph
+        read = [node for node in markers if not stays_on_rows(graph, node)]
+        for node in read:
+            if not is_row_per_token(call.outputs[argument(node, "output")]):
+                _refuse_reader(node, f"{call.path} returns something that is not one row per token")
+        if any(p.device.type == "meta" for p in call.module.wrapped.parameters()):
+            return  # wrapping real weights proves it
+        hidden = [node for node in read if node.meta["val"].is_floating_point()]
+        picked = [node for node in read if node not in hidden]
+        for nodes in (hidden, picked):
+            finding = self._finding(chain, [argument(node, "output") for node in nodes], brief) if nodes else None
+            if finding is not None and nodes is picked and finding.startswith(NOT_CAUSAL):
+                _refuse_reader(picked[0], f"{call.path} returns indices that depend on what follows a token")
+            if finding is not None:
+                reason = f"{call.path} cannot run on rows of whole sequences either: {finding}"
+                # What is not causal inside is not causal outside.
+                raise NotPackable(Refusal(reason, call.path, final=finding.startswith(NOT_CAUSAL)))
+        call.proved = True
+
+    def _finding(self, chain: Chain, outputs: Sequence[int], brief: bool) -> str | None:
+        longest = self.rows.graph.max_positions
+        key = (chain.identity, tuple(outputs), longest, brief)
+        if key not in self.findings:
+            self.findings[key] = prove_causal(chain, outputs, longest=longest, brief=brief)
+        return self.findings[key]
 
 
 def _refuse_reader(node: fx.Node, why: str) -> None:

@@ -38,7 +38,7 @@ from .passes.recognize import recognize_attention
 from .passes.rewrite_attention import rewrite_attention
 from .passes.rewrite_positions import rewrite_positions
 from .passes.token_demand import token_demand
-from .passes.unshare import unshare
+from .passes.unshare import Findings, unshare
 from .sharding import Sharding
 from .unsharing import Unsharing, observe
 from .unsharing_choice import widened
@@ -48,8 +48,17 @@ __all__ = ["Compiled", "Stage", "compile_model", "passes"]
 Pass = Callable[[PackGraph], PassResult]
 
 
-def passes(backend: str = "auto", epilogue: str = "scores") -> tuple[Pass, ...]:
-    """The passes in order, options bound."""
+def passes(backend: str = "auto", epilogue: str = "scores", findings: Findings | None = None) -> tuple[Pass, ...]:
+    """The passes in order, options bound.
+
+    Args:
+        backend, epilogue: see :func:`compile_model`.
+        findings: see ``passes.unshare``; of no earlier graph if not given.
+    """
+    known: Findings = {} if findings is None else findings
+
+    def unshare_modules(graph: PackGraph) -> PassResult:
+        return unshare(graph, findings=known)
 
     def insert_this_epilogue(graph: PackGraph) -> PassResult:
         return insert_epilogue(graph, epilogue=epilogue)
@@ -59,7 +68,7 @@ def passes(backend: str = "auto", epilogue: str = "scores") -> tuple[Pass, ...]:
 
     return (
         canonicalize,
-        unshare,
+        unshare_modules,
         recognize_attention,
         rewrite_attention,
         rewrite_positions,
@@ -132,11 +141,12 @@ def compile_model(
     sharding = sharding or Sharding(model, model)
     unshared: Unsharing = {}
     refusals: list[Refusal] = []
+    findings: Findings = {}
     while True:
         try:
             # Modules that stay as they are are run while the graph is made.
             with sharding.gathered() if unshared else contextlib.nullcontext():
-                return _compile(model, passes(backend, epilogue), keep_code, unshared, sharding)
+                return _compile(model, passes(backend, epilogue, findings), keep_code, unshared, sharding)
         except NotPackable as refused:
             refusals.append(refused.refusal)
             with sharding.gathered():

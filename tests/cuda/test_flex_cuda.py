@@ -42,6 +42,7 @@ LAYOUTS = {
     "groups in a row": groups((150, [60, 90]), (40, [110, 30]), (300, [20, 80, 51])),
     "three levels": three_levels(),
     "a multiple of the block size": groups((256, [128, 128])),
+    "a full block": groups((140, [70, 30])),
     "less than a block": groups((40, [20, 9]), (7, [12])),
 }
 
