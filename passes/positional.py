@@ -123,7 +123,7 @@ class PositionalValues:
     def _computed(self, node: fx.Node, length: int, env: dict[fx.Node, Any]) -> Any:
         if self.depends_on_tokens(node):  # read for its shape and dtype
             sizes = [self.graph.size_at(size, length) for size in shape_of(node)]
-            return torch.zeros(sizes, dtype=node.meta["val"].dtype)
+            return torch.zeros((), dtype=node.meta["val"].dtype).expand(sizes)
         if node.op != "placeholder":
             return run_node(node, env, device=torch.device("cpu"))
         if node.name in LAYOUT_INPUTS:

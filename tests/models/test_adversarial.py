@@ -391,6 +391,9 @@ class FewPlaces(Small):
 
 
 EXACT: dict[str, Build] = {
+    "positions_in_the_shape_and_type_of_others": small(
+        embed=lambda m, x, ids: x + torch.arange(ids.shape[1]).view_as(ids)[..., None].type_as(x) / 50
+    ),
     "logit_softcap_with_bias": small(head=lambda m, x: 4 * torch.tanh(m.wide(x) / 4), wide=nn.Linear(WIDTH, 97)),
     "head_is_a_slice_of_a_weight": small(head=lambda m, x: F.linear(x, m.wide.weight[:97]), wide=nn.Linear(WIDTH, 128)),
     "head_is_the_embedding": small(head=lambda m, x: x @ m.words.weight.T),
@@ -479,6 +482,12 @@ REFUSED: dict[str, Build] = {
     "noise": small(embed=lambda m, x, ids: x + 0.1 * torch.randn_like(x)),
     "max_norm": small(embed=lambda m, x, ids: x + m.e(ids), e=nn.Embedding(97, WIDTH, max_norm=1.0)),
     "sorted_tokens": small(embed=lambda m, x, ids: x.sort(1)[0]),
+    "positions_from_the_end_in_the_shape_of_ids": small(
+        embed=lambda m, x, ids: x + torch.arange(ids.shape[1]).flip(0).expand_as(ids)[..., None].type_as(x) / 50
+    ),
+    "count_of_the_row_in_the_shape_of_ids": small(
+        embed=lambda m, x, ids: x + torch.ones(ids.shape[1]).expand_as(ids).sum(1)[..., None, None].type_as(x) / 50
+    ),
     "causal_mean": small(embed=lambda m, x, ids: x.cumsum(1) / torch.arange(1, ids.shape[1] + 1)[None, :, None]),
     "prefix_sees_itself": small(mask=lambda m, L, ids: causal(m, L) | (torch.arange(L)[None] < 4)),
     "strictly_causal": small(mask=lambda m, L, ids: (distance(L) > 0) | (torch.arange(L)[:, None] == 0)),
