@@ -60,6 +60,7 @@ def install() -> None:
     _use_configs_of_a_gpu()
     _interpret_libdevice()
     _interpret_atomics()
+    _interpret_bfloat16_products()
 
 
 class _Driver:
@@ -136,3 +137,21 @@ def _interpret_atomics() -> None:
         return original(self, op, *dense, *operands[3:])
 
     InterpreterBuilder.create_atomic_rmw = create_atomic_rmw
+
+
+def _interpret_bfloat16_products() -> None:
+    """Triton 3.7 keeps bfloat16 as the integers of its bits, and multiplies matrices of those."""
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    original = InterpreterBuilder.create_dot
+
+    def wide(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return original(self, wide(a), wide(b), *others)
+
+    InterpreterBuilder.create_dot = create_dot

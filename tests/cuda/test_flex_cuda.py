@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import triton_interpreter
 from torch import Tensor
 
 from ppcompile.runtime.attention import flex, reference
@@ -127,6 +128,8 @@ def test_bfloat16(device: torch.device, score: str) -> None:
     The reference multiplies in float32, tensor cores in bfloat16: hence the constant.
     """
     layout, how = site("groups in a row", score, device, torch.bfloat16)
+    if triton_interpreter.wanted() and any(c.is_floating_point() for c in how.captures):
+        pytest.skip("Triton's interpreter adds gradients in bfloat16 as if they were integers")
     tensors = operands(layout, 2, torch.bfloat16)
     exact = run_reference([t.double() for t in tensors], layout, in_dtype(how, torch.float64))
     usual = relative_errors(run_reference(tensors, layout, how), exact)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import zoo
 from torch import Tensor, nn
 
 import ppcompile
+from ppcompile.passes import causality, unshare
 
 
 @pytest.mark.parametrize("name", zoo.UNSHARED)
@@ -330,3 +332,29 @@ def test_a_state_that_nobody_reads_is_left_out() -> None:
 def test_a_state_that_the_rest_of_the_model_reads_is_refused() -> None:
     with pytest.raises(ppcompile.NotPackable, match="mixer returns something that is not one row per token"):
         ppcompile.wrap(zoo.sharpen(WithState(read=True)).eval())
+
+
+class TwoMixers(nn.Module):
+    """What keeps the second from being packed comes to light when the first one is out of the graph."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = zoo.Convolution(width), zoo.RunningSum(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x + self.first(x))
+
+
+def test_a_module_is_proved_once_however_often_the_model_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    proved: list[str] = []
+    prove = unshare.prove_causal
+
+    def note(chain: causality.Chain, *arguments: Any, **options: Any) -> str | None:
+        proved.append(chain.call.path)
+        return prove(chain, *arguments, **options)
+
+    monkeypatch.setattr(unshare, "prove_causal", note)
+    packed = ppcompile.wrap(zoo.sharpen(zoo.PlainGPT(mixer=TwoMixers)).eval())
+    assert sorted(proved) == [f"blocks.{n}.mixer.{which}" for n in (0, 1) for which in ("first", "second")]
+    assert all(call.proved for call in packed.compiled().graph.unshared.values())
+    assert ppcompile.verify(packed).forward <= 2e-5
