@@ -29,7 +29,7 @@ from ppcompile.verification import Mismatch, unpacked_logps, verify
 
 PARTS, RUNS, EXAMPLES = 4, 4, 11
 WRONG_EXAMPLES = 2
-ACCEPTED = 0.9
+ACCEPTED = 0.95
 """Share of the right models that must be accepted, in each part."""
 
 FORWARD, GRADIENT = 5e-5, 1e-3
