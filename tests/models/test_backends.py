@@ -26,6 +26,8 @@ def batches() -> list[ppcompile.PackedBatch]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain_fused", "mistral"])
 def test_flex_in_the_graph_one_artifact(name: str) -> None:
+    if name == "plain_fused" and torch.__version__ < "2.13":
+        pytest.skip("this torch's FlexAttention on the CPU takes no query, key and value that are views of one buffer")
     model = zoo.EXACT[name]()
     packed = ppcompile.wrap(model, backend="flex", compile=True)
     torch._dynamo.reset()
