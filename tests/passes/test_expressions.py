@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -152,7 +152,11 @@ def test_a_place_called_not_negative_is_not(expr: Expr) -> None:
 @given(truths | scores)
 def test_programs_are_what_the_runtime_evaluates(expr: Expr) -> None:
     assert to_program(expr, []) == to_program(expr, [])
-    on_grid(expr)  # the evaluator accepts the text
+    try:
+        on_grid(expr)  # the evaluator accepts the text
+    except RuntimeError as error:  # of a number beyond float32 in torch.where, as from torch itself
+        assert "without overflow" in str(error)
+        reject()
 
 
 # --------------------------------------------------------------------------- what must be understood
