@@ -155,7 +155,8 @@ def test_programs_are_what_the_runtime_evaluates(expr: Expr) -> None:
     try:
         on_grid(expr)  # the evaluator accepts the text
     except RuntimeError as error:  # of a number beyond float32 in torch.where, as from torch itself
-        assert "without overflow" in str(error)
+        if "without overflow" not in str(error):
+            raise
         reject()
 
 
