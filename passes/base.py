@@ -224,9 +224,16 @@ class PackGraph:
 
     # ------------------------------------------------------------------ editing
 
-    def call(self, target: Callable[..., Any], args: Sequence[Any], *, like: fx.Node) -> fx.Node:
-        """Append ``target(*args)`` at the insertion point, with its fake value and ``like``'s provenance."""
-        node = self.graph.call_function(target, tuple(args))
+    def call(
+        self,
+        target: Callable[..., Any],
+        args: Sequence[Any],
+        *,
+        like: fx.Node,
+        options: Mapping[str, Any] | None = None,
+    ) -> fx.Node:
+        """Append ``target(*args, **options)`` at the insertion point, with its fake value and ``like``'s provenance."""
+        node = self.graph.call_function(target, tuple(args), dict(options or {}))
         for key in ("nn_module_stack", "stack_trace", "from_node"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]

@@ -9,7 +9,7 @@ the longer length; the model is limited to the positions that were looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ class PositionalValues:
     def _evaluate(self, node: fx.Node, length: int) -> torch.Tensor | None:
         env: dict[fx.Node, Any] = {}
         try:
-            for ancestor in self.ancestors(node, stop=self.depends_on_tokens):
+            for ancestor in self.ancestors(node):
                 env[ancestor] = self._computed(ancestor, length, env)
         except (LookupError, RuntimeError):  # an input without data, or a table shorter than this length
             return None
@@ -133,12 +133,12 @@ class PositionalValues:
             raise LookupError(node.name)
         return value.detach().cpu()
 
-    def ancestors(self, node: fx.Node, stop: Callable[[fx.Node], bool] = lambda _: False) -> list[fx.Node]:
-        """``node`` and all that it is computed from, in graph order; of what ``stop`` holds for, not its sources."""
+    def ancestors(self, node: fx.Node) -> list[fx.Node]:
+        """``node`` and all that it is computed from, in graph order; tokens that lend their shape have no sources."""
         found, stack = {node}, [node]
         while stack:
             last = stack.pop()
-            for source in [] if stop(last) else last.all_input_nodes:
+            for source in [] if self.depends_on_tokens(last) else last.all_input_nodes:
                 if source not in found:
                     found.add(source)
                     stack.append(source)

@@ -22,7 +22,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, fx
 
-from .base import NotPackable, PackGraph, PassResult, Refusal, argument, input_nodes, is_op
+from .base import NotPackable, PackGraph, PassResult, Refusal, argument, input_nodes, is_op, shape_of
 from .causality import NOT_CAUSAL, Chain, prove_causal
 from .positional import PositionalValues
 
@@ -175,8 +175,11 @@ class _Rows:
         for source in self.positional.ancestors(node):
             if source in self._clones:
                 continue
+            if self.positional.depends_on_tokens(source):
+                self._clones[source] = self._blank(source)
+                continue
             if source.op == "placeholder":
-                self._clones[source] = self._one_row() if source.name == "input_ids" else source
+                self._clones[source] = source
                 continue
             with self.graph.graph.inserting_after(source):
                 clone = self.graph.graph.node_copy(source, self._clones.__getitem__)
@@ -184,12 +187,23 @@ class _Rows:
             self._clones[source] = clone
         return self._clones[node]
 
-    def _one_row(self) -> fx.Node:
-        """int64 ``[1, L]``. What stands in it does not matter, as no token reaches what is cloned."""
+    def _blank(self, source: fx.Node) -> fx.Node:
+        """Zeros for tokens of which the shape and dtype alone are read, on one row of L tokens."""
+        sizes = shape_of(source)
+        if any(isinstance(size, torch.SymInt) and not self.graph.is_length(size) for size in sizes):
+            raise NotPackable(
+                Refusal.at(source, f"the shape of {source.name}, which others borrow, is not one of tokens")
+            )
         rows = self.graph.layout("rows")
         *_, last_input = input_nodes(self.graph.graph)
         with self.graph.graph.inserting_after(last_input):
-            return self.graph.call(torch.ops.aten.slice.Tensor, (rows, 0, 0, 1), like=rows)
+            length = self.graph.call(torch.ops.aten.sym_size.int, (rows, 1), like=rows)
+        with self.graph.graph.inserting_after(length):
+            dtype = {"dtype": source.meta["val"].dtype}
+            zero = self.graph.call(torch.ops.aten.new_zeros.default, (rows, []), like=rows, options=dtype)
+        shape = [length if self.graph.is_length(size) else size for size in sizes]
+        with self.graph.graph.inserting_after(zero):
+            return self.graph.call(torch.ops.aten.expand.default, (zero, shape), like=rows)
 
     def at(self, given: Sequence[fx.Node], length: int) -> list[Tensor | None]:
         """The positional ones of a module's inputs, for one row of ``length`` tokens."""

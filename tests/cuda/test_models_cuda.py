@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import ppcompile
+from ppcompile.verification import unpacked_logps
 
 # Inductor's advice (TensorFloat32, too few SMs, ...) depends on the device.
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore")]
@@ -32,18 +33,6 @@ def packs() -> list[list[ppcompile.Group]]:
     ]
 
 
-def unpacked_logps(model: nn.Module, groups: list[ppcompile.Group], device: torch.device) -> Tensor:
-    """Token log-probabilities of all responses, one sequence at a time."""
-    found = []
-    for group in groups:
-        for response in group.responses:
-            ids = torch.tensor([[*group.prompt, *response]], device=device)
-            n = len(group.prompt)
-            logps = model(ids).logits[0, n - 1 : -1].log_softmax(-1)
-            found.append(logps.gather(1, ids[0, n:, None])[:, 0])
-    return torch.cat(found)
-
-
 def gradients(model: nn.Module, logps: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     (logps * torch.linspace(-1, 1, len(logps), device=logps.device)).sum().backward()
@@ -51,9 +40,10 @@ def gradients(model: nn.Module, logps: Tensor) -> dict[str, Tensor]:
 
 
 def assert_equal(packed: ppcompile.PackedModel, groups: list[ppcompile.Group], device: torch.device) -> None:
-    expected = unpacked_logps(packed.unwrapped, groups, device)
+    batch = ppcompile.pack(groups, share="tree").to(device)
+    expected = unpacked_logps(packed.unwrapped, batch)
     theirs = gradients(packed.unwrapped, expected)
-    logps = packed(ppcompile.pack(groups, share="tree").to(device)).token_logps
+    logps = packed(batch).token_logps
     assert (logps - expected).abs().max() <= FORWARD
     ours = gradients(packed.unwrapped, logps)
     assert ours.keys() == theirs.keys()

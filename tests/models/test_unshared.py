@@ -97,6 +97,24 @@ def test_positions_may_borrow_the_shape_of_the_token_ids() -> None:
     assert ppcompile.verify(packed).forward <= 2e-5
 
 
+def test_of_tokens_that_lend_their_shape_nothing_is_computed_again() -> None:
+    class ByShapeOfDeepTokens(WithPositions):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids)
+            row = torch.arange(ids.shape[1])
+            mask = row[:, None] >= row[None, :]
+            for block, mixer in zip(self.blocks, self.mixers, strict=True):
+                x = block(x)
+                table = torch.sin(row.type_as(x)[None, :, None] * torch.arange(1, 33) / 7)
+                x = x + 0.1 * mixer(x, table, mask[None])
+            return self.head(self.norm(x))
+
+    packed = ppcompile.wrap(zoo.sharpen(ByShapeOfDeepTokens()).eval())
+    counts = packed.compiled().graph.op_counts()
+    assert counts["aten.linear.default"] == 2 * 4  # qkv, out and two of the feed-forward network, in each block
+    assert ppcompile.verify(packed).forward <= 2e-5
+
+
 def test_what_depends_on_the_rows_length_is_refused() -> None:
     class CountsTheRow(WithPositions):
         def forward(self, ids: Tensor) -> Tensor:
